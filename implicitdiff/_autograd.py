@@ -1,0 +1,144 @@
+"""The implicit function theorem as one autograd Function.
+
+    F(x*(θ), θ) = 0   ⇒   ∂x*/∂θ = −A⁻¹ B,   A = ∂F/∂x,  B = ∂F/∂θ
+
+so a cotangent g of x* gives  θ̄ = −Bᵀ u  with  Aᵀ u = g,  and a tangent θ̇ gives  ẋ = −A⁻¹ (B θ̇).
+The vector u is itself the solution of a problem, the linear one  Aᵀ u − g = 0  in the inputs (g, x*, θ). So the same
+Function is applied to it, and with that every order of derivative and every transform follows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C import _functorch
+
+from .errors import ImplicitDiffError
+
+
+class Problem(ABC):
+    """Equations F(x, *inputs) = 0 between vectors, x of shape (*batch, n), and a way to solve them."""
+
+    @abstractmethod
+    def solve(self, x0: Tensor | None, *inputs: Tensor) -> Tensor:
+        """A solution; every tensor here is plain (no transform, no graph), so that any code may compute it."""
+
+    @abstractmethod
+    def residual(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        """F(x, *inputs), in operations that every transform can follow."""
+
+    @abstractmethod
+    def linearized(self, x: Tensor, rhs: Tensor, inputs: Sequence[Tensor], *, adjoint: bool) -> tuple[Problem, Any]:
+        """The problem A u = rhs (Aᵀ u = rhs for the adjoint) at a solution x, and its inputs."""
+
+    @abstractmethod
+    def batched(self, size: int, dims: Sequence[int | None], inputs: Sequence[Tensor]) -> tuple[Problem, Any]:
+        """The problem with one more batch dimension in front, and its inputs; ``dims`` says which of them have it."""
+
+
+class Implicit(torch.autograd.Function):
+    """``Implicit.apply(problem, x0, *inputs)`` is the solution, differentiable in the inputs."""
+
+    @staticmethod
+    def forward(problem: Problem, x0: Tensor | None, *inputs: Tensor) -> Tensor:
+        if any(map(_functorch.is_legacy_batchedtensor, inputs)):
+            return _forward_under_legacy_vmap(problem, x0, inputs)
+        return problem.solve(x0, *inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        problem, _, *tensors = inputs
+        ctx.problem = problem
+        ctx.save_for_backward(output, *tensors)
+        ctx.save_for_forward(output, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, *inputs = ctx.saved_tensors
+        adjoint, point = ctx.problem.linearized(x, g, inputs, adjoint=True)
+        u = Implicit.apply(adjoint, None, *point)
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        cotangents = _pull(lambda *chosen: ctx.problem.residual(x, *_replaced(inputs, wanted, chosen)), inputs, wanted, u)
+        return None, None, *(None if c is None else -c for c in cotangents)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        # Forward AD is off inside this rule, and dual levels do not nest: without both lines jacfwd∘jacfwd is wrong.
+        with forward_ad._set_fwd_grad_enabled(True):
+            x, *inputs = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+            wanted = [i for i, tangent in enumerate(tangents[2:]) if tangent is not None]
+            given = [tangent for tangent in tangents[2:] if tangent is not None]
+            rhs = -_push(
+                lambda *chosen: ctx.problem.residual(x, *_replaced(inputs, wanted, chosen)),
+                [inputs[i] for i in wanted],
+                given,
+            )
+            tangent, point = ctx.problem.linearized(x, rhs, inputs, adjoint=False)
+            return Implicit.apply(tangent, None, *point)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, problem: Problem, x0: Tensor | None, *inputs: Tensor) -> tuple[Tensor, int]:
+        return _batched_apply(problem, info.batch_size, in_dims[1:], x0, inputs), 0
+
+
+def _batched_apply(
+    problem: Problem, size: int, dims: Sequence[int | None], x0: Tensor | None, inputs: Sequence[Tensor]
+) -> Tensor:
+    moved = [t if d is None else t.movedim(d, 0) for t, d in zip(inputs, dims[1:], strict=True)]
+    batched, moved = problem.batched(size, [None if d is None else 0 for d in dims[1:]], moved)
+    if x0 is not None:
+        x0 = x0.expand(size, *x0.shape) if dims[0] is None else x0.movedim(dims[0], 0)
+    return Implicit.apply(batched, x0, *moved)
+
+
+def _pull(function: Any, inputs: Sequence[Tensor], wanted: Sequence[int], u: Tensor) -> list[Tensor | None]:
+    """Bᵀ u, in the places of the wanted inputs."""
+    cotangents: list[Tensor | None] = [None] * len(inputs)
+    if not wanted:
+        return cotangents
+    _, pullback = torch.func.vjp(function, *(inputs[i] for i in wanted))
+    for i, cotangent in zip(wanted, pullback(u), strict=True):
+        cotangents[i] = cotangent
+    return cotangents
+
+
+def _push(function: Any, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """B θ̇ as the derivative of the linear map u ↦ Bᵀ u, so by reverse mode alone: forward mode cannot nest here."""
+    out, pullback = torch.func.vjp(function, *primals)
+    _, pullback_of_pullback = torch.func.vjp(pullback, torch.zeros_like(out))
+    return pullback_of_pullback(tuple(tangents))[0]
+
+
+def _replaced(inputs: Sequence[Tensor], places: Sequence[int], values: Sequence[Tensor]) -> list[Tensor]:
+    new = list(inputs)
+    for place, value in zip(places, values, strict=True):
+        new[place] = value
+    return new
+
+
+def _forward_under_legacy_vmap(problem: Problem, x0: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
+    """``is_grads_batched`` and ``vectorize=True`` use torch's old vmap, which does not ask for a Function's vmap rule."""
+    level = 1  # of the old vmap; it does not nest in torch's own uses
+    sizes: set[int] = set()
+    plain, dims = [], []
+    for tensor in inputs:
+        if not _functorch.is_legacy_batchedtensor(tensor):
+            plain.append(tensor)
+            dims.append(None)
+            continue
+        # The size is not asked for where the tensor is batched on that level.
+        unwrapped = torch._remove_batch_dim(tensor, level, 1, 0)  # type: ignore[attr-defined]
+        if _functorch.is_legacy_batchedtensor(unwrapped):
+            raise ImplicitDiffError(
+                "nested is_grads_batched / vectorize=True is not supported: use torch.func.vmap, jacrev or jacfwd."
+            )
+        plain.append(unwrapped)
+        dims.append(0)
+        sizes.add(unwrapped.shape[0])
+    out = _batched_apply(problem, sizes.pop(), [None, *dims], x0, plain)
+    return torch._add_batch_dim(out, 0, level)  # type: ignore[attr-defined]

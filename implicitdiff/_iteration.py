@@ -1,0 +1,125 @@
+"""The loop that iterative linear solvers and inner solvers share: a state, a step, and a stop for each system."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ._captures import transform_level
+from .info import RUNNING, Status
+
+State = TypeVar("State", bound=NamedTuple)
+
+
+class Ended(NamedTuple):
+    """How the loop left the systems; ``iterations`` and ``status`` have the shape (*batch,)."""
+
+    state: Any
+    iterations: Tensor
+    status: Tensor
+
+
+def iterate(step: Callable[[State], State], state: State, threshold: Tensor, max_iterations: int) -> Ended:
+    """Apply ``step`` until ``state.residual_norm`` ≤ ``threshold``, system by system.
+
+    A system that has ended is frozen: later steps leave its part of the state alone, so a step may divide by zero
+    there. A step that makes a system's residual non-finite is not taken. A state may have a field ``status`` in which
+    a method says of a system that it has ended otherwise (:data:`RUNNING` where it has not).
+    """
+    if state.residual_norm.ndim == 0 and not transform_level():
+        return _iterate_one(step, state, threshold, max_iterations)
+    return _iterate_many(step, state, threshold, max_iterations)
+
+
+def _iterate_one(step: Callable[[State], State], state: State, threshold: Tensor, max_iterations: int) -> Ended:
+    """One system needs no masks."""
+    limit, status, count = float(threshold), RUNNING, 0
+    norm = float(state.residual_norm.detach())
+    while True:
+        if norm <= limit:
+            status = Status.CONVERGED
+        elif norm != norm or norm == float("inf"):
+            status = Status.NON_FINITE
+        elif hasattr(state, "status"):
+            status = int(state.status)
+        if status != RUNNING:
+            break
+        if count == max_iterations:
+            status = Status.MAX_ITERATIONS
+            break
+        new = step(state)
+        norm = float(new.residual_norm.detach())
+        count += 1
+        if norm != norm or norm == float("inf"):
+            status = Status.NON_FINITE
+            break
+        state = new
+    device = state.residual_norm.device
+    return Ended(state, torch.tensor(count, device=device), torch.tensor(int(status), device=device))
+
+
+def _iterate_many(step: Callable[[State], State], state: State, threshold: Tensor, max_iterations: int) -> Ended:
+    norm = state.residual_norm.detach()
+    iterations = torch.zeros_like(norm, dtype=torch.int64)
+    status = torch.full_like(norm, RUNNING, dtype=torch.int64)
+    status = torch.where(norm.isfinite(), status, int(Status.NON_FINITE))
+    for count in range(max_iterations + 1):
+        status = torch.where((status == RUNNING) & (norm <= threshold), int(Status.CONVERGED), status)
+        if hasattr(state, "status"):
+            status = torch.where(status == RUNNING, state.status, status)
+        active = status == RUNNING
+        if not any_of(active):
+            break
+        if count == max_iterations:
+            status = torch.where(active, int(Status.MAX_ITERATIONS), status)
+            break
+        new = step(state)
+        finite = new.residual_norm.detach().isfinite()
+        status = torch.where(active & ~finite, int(Status.NON_FINITE), status)
+        iterations = iterations + active
+        state = select(active & finite, new, state)
+        norm = state.residual_norm.detach()
+    return Ended(state, iterations, status)
+
+
+def select(mask: Tensor, new: State, old: State) -> State:
+    """The new state where the mask (*batch,) holds, the old one elsewhere, field by field."""
+    return type(new)(*(_where(mask, n, o) for n, o in zip(new, old, strict=True)))
+
+
+def _where(mask: Tensor, new: Any, old: Any) -> Any:
+    if new is old or not isinstance(new, Tensor):
+        return new
+    return torch.where(mask.reshape(mask.shape + (1,) * (new.ndim - mask.ndim)), new, old)
+
+
+def any_of(mask: Tensor) -> bool:
+    """Whether the mask holds anywhere, over all samples of the vmaps around."""
+    return bool(_Any.apply(mask)) if transform_level() else bool(mask.any())
+
+
+class _Any(torch.autograd.Function):
+    """``mask.any()`` over a vmapped dimension too, so that a loop inside vmap can stop early."""
+
+    @staticmethod
+    def forward(mask: Tensor) -> Tensor:
+        return mask.any()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        return None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, mask: Tensor) -> tuple[Tensor, None]:
+        return _Any.apply(mask.any() if in_dims[0] is not None else mask), None

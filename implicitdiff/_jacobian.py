@@ -1,0 +1,67 @@
+"""A = ∂F/∂x at one point as an operator: the graph of F is built once and every product reuses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .operators import LinearOperator, Structure
+
+
+class JacobianOperator(LinearOperator):
+    """The Jacobian of ``residual`` at x of shape (*batch, n), block by block.
+
+    For code on plain tensors only: it calls ``torch.autograd.grad``, which torch.func's transforms do not follow.
+    """
+
+    def __init__(self, residual: Callable[[Tensor], Tensor], x: Tensor, structure: Structure) -> None:
+        super().__init__(
+            x.shape[-1], structure=structure, batch_shape=tuple(x.shape[:-1]), dtype=x.dtype, device=x.device
+        )
+        with torch.enable_grad():
+            self._x = x.detach().requires_grad_()
+            self._residual = residual(self._x)
+
+    @property
+    def value(self) -> Tensor:
+        """F(x), of shape (*batch, n)."""
+        return self._residual.detach()
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return self._grad(self._residual, self._x, v)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        if self.is_symmetric:
+            return self.rmatvec(v)
+        cotangent, pulled = self._pullback
+        return self._grad(pulled, cotangent, v)
+
+    @cached_property
+    def _pullback(self) -> tuple[Tensor, Tensor]:
+        """The linear map u ↦ Aᵀ u as a graph of its own, whose derivative is A (double reverse mode)."""
+        with torch.enable_grad():
+            cotangent = torch.zeros_like(self._residual, requires_grad=True)
+            return cotangent, self._grad(self._residual, self._x, cotangent, create_graph=True)
+
+    @staticmethod
+    def _grad(out: Tensor, of: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
+        if not out.requires_grad:  # F does not depend on x there
+            return torch.zeros_like(of)
+        (product,) = torch.autograd.grad(
+            out, of, v, retain_graph=True, create_graph=create_graph, materialize_grads=True
+        )
+        return product
+
+    def many(self, vs: Tensor) -> Tensor:
+        """A v for vs of shape (k, *batch, n): k products in one sweep."""
+        return torch.func.vmap(self.matvec)(vs) if len(vs) else vs
+
+    def to_dense(self) -> Tensor:
+        # Rows of A by Aᵀ eᵢ: one graph less than columns by A eᵢ.
+        return torch.func.vmap(self.rmatvec)(self._basis()).movedim(0, -2).conj().resolve_conj()
+
+    def diagonal(self) -> Tensor:
+        return self.to_dense().diagonal(dim1=-2, dim2=-1)

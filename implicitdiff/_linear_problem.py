@@ -1,0 +1,121 @@
+"""The linear problem A u = b as a :class:`Problem`, A depending on tensors of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ._autograd import Problem
+from .info import LinearSolution, SolveInfo, report
+from .operators import LinearOperator
+
+
+class OperatorFamily(Protocol):
+    """An operator for each value of its parameters."""
+
+    def operator(self, *parameters: Tensor) -> LinearOperator:
+        """The operator at plain parameters, made for many products."""
+
+    def product(self, v: Tensor, *parameters: Tensor, transposed: bool) -> Tensor:
+        """A v or Aᵀ v, in operations that every transform can follow."""
+
+    def batched(self, size: int, dims: Sequence[int | None], parameters: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+        """The family with one more batch dimension in front, and its parameters."""
+
+
+class Sink(Protocol):
+    """Where the report of a solve for a derivative is left for the user."""
+
+    backward: SolveInfo | None
+
+
+@dataclass(frozen=True)
+class LinearProblem(Problem):
+    """A u − b = 0 (Aᵀ u − b = 0 where ``transposed``) in the inputs (b, *parameters of A)."""
+
+    family: OperatorFamily
+    transposed: bool
+    solver: Any
+    """An object with ``solve(A, b, x0) -> LinearSolution`` and ``on_failure``."""
+    kind: str
+    sink: Sink | None = None
+    shared: tuple[bool, ...] = ()
+    """One entry per batch dimension that vmap has added, outermost first: whether only b has it, so that one operator
+    serves several right-hand sides."""
+
+    def solve(self, x0: Tensor | None, b: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]
+        return self.solution(x0, b, *parameters).value
+
+    def solution(self, x0: Tensor | None, b: Tensor, *parameters: Tensor) -> LinearSolution:
+        """The solution with its report, which is entered into the records."""
+        A = self.family.operator(*parameters)
+        A = A.T if self.transposed else A
+        if any(self.shared):
+            A = _SharedOperator(A, self.shared, b.shape)
+        solution: LinearSolution = self.solver.solve(A, b, x0)
+        if self.sink is not None:
+            self.sink.backward = solution.info
+        report(self.kind, solution.info, self.solver.on_failure)
+        return solution
+
+    def residual(self, u: Tensor, b: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]
+        def product(v: Tensor) -> Tensor:
+            return self.family.product(v, *parameters, transposed=self.transposed)
+
+        return _over_shared(product, u, self.shared) - b
+
+    def linearized(self, x: Tensor, rhs: Tensor, inputs: Sequence[Tensor], *, adjoint: bool) -> tuple[Problem, Any]:
+        kind = "backward" if adjoint else "tangent"
+        return replace(self, transposed=self.transposed != adjoint, kind=kind), (rhs, *inputs[1:])
+
+    def batched(self, size: int, dims: Sequence[int | None], inputs: Sequence[Tensor]) -> tuple[Problem, Any]:
+        b, *parameters = inputs
+        if dims[0] is None:
+            b = b.expand(size, *b.shape)
+        if all(d is None for d in dims[1:]):
+            return replace(self, shared=(True, *self.shared)), (b, *parameters)
+        family, parameters = self.family.batched(size, dims[1:], parameters)
+        return replace(self, family=family, shared=(False, *self.shared)), (b, *parameters)
+
+
+def _over_shared(product: Any, v: Tensor, shared: Sequence[bool]) -> Tensor:
+    """Apply a product that lacks the shared batch dimensions to a vector that has them."""
+    places = [i for i, is_shared in enumerate(shared) if is_shared]
+    if not places:
+        return product(v)
+    front = list(range(len(places)))
+    moved = v.movedim(places, front)
+    flat = moved.flatten(0, len(places) - 1)
+    out = torch.func.vmap(product)(flat)
+    return out.unflatten(0, moved.shape[: len(places)]).movedim(front, places)
+
+
+class _SharedOperator(LinearOperator):
+    """One operator (or batch) for several right-hand sides: its batch has dimensions in which it is constant."""
+
+    def __init__(self, A: LinearOperator, shared: Sequence[bool], shape: torch.Size) -> None:
+        batch_shape = tuple(shape[:-1])
+        super().__init__(A.shape[0], structure=A.structure, batch_shape=batch_shape, dtype=A.dtype, device=A.device)
+        self.A, self.shared = A, tuple(shared)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return _over_shared(self.A.matvec, v, self.shared)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return _over_shared(self.A.rmatvec, v, self.shared)
+
+    def to_dense(self) -> Tensor:
+        return self._spread(self.A.to_dense(), trailing=2)
+
+    def diagonal(self) -> Tensor:
+        return self._spread(self.A.diagonal(), trailing=1)
+
+    def _spread(self, value: Tensor, trailing: int) -> Tensor:
+        for place, is_shared in enumerate(self.shared):
+            if is_shared:
+                value = value.unsqueeze(place)
+        return value.expand(*self.batch_shape, *value.shape[value.ndim - trailing :])

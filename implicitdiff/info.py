@@ -1,0 +1,185 @@
+"""What a solve tells: the status of each system, the numbers it reached, and the history of all solves in a block."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .errors import ConvergenceError, ConvergenceWarning
+
+FailurePolicy = Literal["warn", "raise", "ignore"]
+"""What a solver does with systems that it could not solve."""
+
+
+class Status(IntEnum):
+    """How the solve of one system ended. ``SolveInfo.status`` holds these numbers, one per system.
+
+    >>> Status(1).name
+    'MAX_ITERATIONS'
+    """
+
+    CONVERGED = 0
+    """The asked tolerance was reached, measured on the true residual."""
+    MAX_ITERATIONS = 1
+    """The allowed number of iterations was used up first."""
+    BREAKDOWN = 2
+    """The method cannot continue: a division by zero, a singular matrix."""
+    INDEFINITE = 3
+    """Negative curvature was met where the method needs a positive definite operator."""
+    STAGNATED = 4
+    """Rounding stopped the progress before the tolerance was reached."""
+    NON_FINITE = 5
+    """A NaN or an infinity appeared."""
+
+
+RUNNING = -1
+"""Inside the solvers' loops: a system that has not ended yet."""
+
+_REMEDIES = {
+    Status.MAX_ITERATIONS: "raise max_iterations, loosen the tolerance, or use a preconditioner or a better start",
+    Status.BREAKDOWN: "the operator may be singular: regularise the problem, or use MINRES, GMRES or Dense()",
+    Status.INDEFINITE: "the operator is not positive definite (a saddle point, or too little regularisation?): "
+    "use MINRES, Dense() or Auto()",
+    Status.STAGNATED: "rounding errors rule: loosen the tolerance, rescale the problem or use float64",
+    Status.NON_FINITE: "look for overflow, a division by zero or a log of zero, at the solution or in the cotangent",
+}
+
+
+@dataclass(frozen=True)
+class SolveInfo:
+    """The report of one solve, per system: each tensor has the shape ``(*batch,)``, so ``()`` for a single system.
+
+    Under ``torch.func.vmap`` the batch dimensions are those of all systems that were solved together, the outermost
+    first, as plain tensors.
+    """
+
+    iterations: Tensor
+    """Iterations used (int64)."""
+    residual_norm: Tensor
+    """Linear solves: the true ‖b − A u‖₂ / ‖b‖₂. Inner solves: ‖F(x)‖₂ at the point of differentiation."""
+    converged: Tensor
+    """Whether the tolerance was reached (bool)."""
+    status: Tensor
+    """One :class:`Status` number per system (int64)."""
+    matvecs: int
+    """Products with the operator, each counted once for the whole batch."""
+    method: str
+    """The solver, and for ``Auto`` what it chose."""
+    eigenvalue_range: tuple[Tensor, Tensor] | None = None
+    """The extreme eigenvalues that the solver saw (Ritz values), where it knows them."""
+    condition_number: Tensor | None = None
+    """Their ratio, where known. Ritz values lie inside the spectrum, so it is a lower bound."""
+    distance: Tensor | None = None
+    """The estimated ‖x − x*‖₂, where known."""
+
+    def summary(self) -> str:
+        """One line for a log.
+
+        >>> zero = torch.tensor(0)
+        >>> SolveInfo(zero + 3, zero * 1.0, zero == 0, zero, 4, "CG").summary()
+        'CG: 1 of 1 converged, 3 iterations, residual at most 0.0e+00, 4 products'
+        """
+        total, done = self.converged.numel(), int(self.converged.sum())
+        worst = float(self.residual_norm.max()) if total else 0.0
+        most = int(self.iterations.max()) if total else 0
+        return (
+            f"{self.method}: {done} of {total} converged, {most} iterations, residual at most {worst:.1e}, "
+            f"{self.matvecs} products"
+        )
+
+
+@dataclass(frozen=True)
+class LinearSolution:
+    """What calling a linear solver returns: the ``value`` u of shape ``(*batch, n)`` and the ``info``."""
+
+    value: Tensor
+    info: SolveInfo
+
+
+@dataclass
+class Solution:
+    """What ``layer.solve`` returns."""
+
+    value: Any
+    """The solution, a tree like ``init``; the same as calling the layer."""
+    forward: SolveInfo
+    """The report of the inner solve."""
+    backward: SolveInfo | None = field(default=None)
+    """The report of the last linear solve for a derivative; ``None`` until ``backward()`` has run."""
+
+
+@dataclass(frozen=True)
+class RecordedSolve:
+    """One entry of :func:`record`: which solve it was and its report, whose fields can be read here directly."""
+
+    kind: str
+    """``"forward"`` (an inner solve), ``"backward"`` (for a cotangent), ``"tangent"`` (for a forward-mode derivative)
+    or ``"linear"`` (a linear solver that was called directly)."""
+    info: SolveInfo
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.info, name)
+
+
+_histories: list[list[RecordedSolve]] = []
+
+
+@contextmanager
+def record() -> Iterator[list[RecordedSolve]]:
+    """Collect the reports of every solve inside the block, forward and backward, in the order they happen.
+
+    Solves on any thread are recorded, as autograd runs the backward pass of CUDA tensors on threads of its own.
+
+    >>> import implicitdiff as idf
+    >>> square_root = idf.RootLayer(lambda x, y: x * x - y)
+    >>> y = torch.tensor([4.0, 9.0], requires_grad=True)
+    >>> with record() as history:
+    ...     square_root(torch.ones(2), y).sum().backward()
+    >>> [solve.kind for solve in history]
+    ['forward', 'backward']
+    """
+    history: list[RecordedSolve] = []
+    _histories.append(history)
+    try:
+        yield history
+    finally:
+        # By identity: two histories with equal entries compare equal.
+        _histories[:] = [other for other in _histories if other is not history]
+
+
+def report(kind: str, info: SolveInfo, policy: FailurePolicy) -> None:
+    """Enter a finished solve into the open histories, and warn or raise as the policy says where a system failed."""
+    for history in _histories:
+        history.append(RecordedSolve(kind, info))
+    if policy == "ignore" or bool(info.converged.all()):
+        return
+    message = _failure_message(kind, info)
+    if policy == "raise":
+        raise ConvergenceError(message)
+    warnings.warn(message, ConvergenceWarning, stacklevel=3)
+
+
+def _failure_message(kind: str, info: SolveInfo) -> str:
+    failed = ~info.converged
+    count, total = int(failed.sum()), failed.numel()
+    residual = info.residual_norm[failed]
+    worst = float(residual.max()) if bool(residual.isfinite().all()) else float("nan")
+    statuses = sorted({Status(int(s)) for s in info.status[failed].unique()})
+    what = {"forward": "the inner problem", "linear": "the linear system"}.get(kind, f"the {kind} linear system")
+    which = "" if total == 1 else f" for {count} of {total} systems"
+    norm = "‖F(x)‖" if kind == "forward" else "relative residual"
+    remedies = "; ".join(_REMEDIES.get(s, "") for s in statuses)
+    return (
+        f"{info.method} did not solve {what}{which}: {', '.join(s.name for s in statuses)} after at most "
+        f"{int(info.iterations.max())} iterations, {norm} up to {worst:.1e}. What to try: {remedies}. "
+        f'The result is not to be trusted as it is; on_failure="raise" makes this an error, "ignore" silences it.'
+    )

@@ -1,0 +1,293 @@
+"""Linear operators: a square matrix given by its product with plain tensors of shape (*batch, n)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ._captures import is_transformed
+
+Structure = Literal["general", "symmetric", "positive_definite"]
+"""What is promised of an operator. "positive_definite" includes symmetric (Hermitian, for complex operators)."""
+
+STRUCTURES: tuple[Structure, ...] = ("general", "symmetric", "positive_definite")
+
+
+def check_structure(structure: Structure) -> Structure:
+    if structure not in STRUCTURES:
+        raise ValueError(f"structure is {structure!r}, but it must be one of {', '.join(map(repr, STRUCTURES))}.")
+    return structure
+
+
+class LinearOperator(ABC):
+    """A matrix A of shape (n, n), or a batch of them, known by its products.
+
+    A subclass writes ``matvec`` and ``rmatvec`` and calls this constructor.
+
+    >>> A = DenseOperator(torch.tensor([[2.0, 1.0], [0.0, 3.0]]))
+    >>> A @ torch.tensor([1.0, 1.0])
+    tensor([3., 3.])
+    >>> A.T(torch.tensor([1.0, 1.0]))
+    tensor([2., 4.])
+    >>> A.shift(1.0).to_dense()
+    tensor([[3., 1.],
+            [0., 4.]])
+    """
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        structure: Structure = "general",
+        batch_shape: tuple[int, ...] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.shape = (n, n)
+        self.structure: Structure = check_structure(structure)
+        self.batch_shape = tuple(batch_shape)
+        self.dtype = dtype
+        self.device = device
+
+    @abstractmethod
+    def matvec(self, v: Tensor) -> Tensor:
+        """A v, for v of shape (*batch, n)."""
+
+    @abstractmethod
+    def rmatvec(self, v: Tensor) -> Tensor:
+        """Aᵀ v (Aᴴ v for complex operators), for v of shape (*batch, n)."""
+
+    def __call__(self, v: Tensor) -> Tensor:
+        if v.shape[-1:] != (self.shape[1],):
+            raise ValueError(f"an operator of shape {self.shape} met a vector of shape {tuple(v.shape)}: its last dimension must be {self.shape[1]}.")
+        return self.matvec(v)
+
+    def __matmul__(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
+        return _Product(self, other) if isinstance(other, LinearOperator) else self(other)
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        return _Sum(self, other)
+
+    def __mul__(self, factor: float | Tensor) -> LinearOperator:
+        return _Affine(self, factor, 0.0)
+
+    __rmul__ = __mul__
+
+    def shift(self, s: float | Tensor) -> LinearOperator:
+        """A + s·I; s a number or a tensor of shape (*batch,)."""
+        return _Affine(self, 1.0, s)
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose (the adjoint, for complex operators)."""
+        return self if self.is_symmetric else _Transpose(self)
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the structure promises symmetry."""
+        return self.structure != "general"
+
+    def to_dense(self) -> Tensor:
+        """The matrix, of shape (*batch_shape, n, n), by n products unless the operator knows better."""
+        return torch.stack([self.matvec(e) for e in self._basis()], dim=-1)
+
+    def diagonal(self) -> Tensor:
+        """The diagonal, of shape (*batch_shape, n), by n products unless the operator knows better."""
+        entries = [self.matvec(e)[..., i] for i, e in enumerate(self._basis())]
+        return torch.stack(entries, dim=-1)
+
+    def _basis(self) -> Tensor:
+        n = self.shape[0]
+        eye = torch.eye(n, dtype=self.dtype, device=self.device)
+        return eye.reshape(n, *(1 for _ in self.batch_shape), n).expand(n, *self.batch_shape, n)
+
+    def __repr__(self) -> str:
+        batch = f", batch_shape={self.batch_shape}" if self.batch_shape else ""
+        return f"{type(self).__name__}(n={self.shape[0]}, structure={self.structure!r}{batch})"
+
+
+class DenseOperator(LinearOperator):
+    """An operator whose matrix is at hand, of shape (*batch, n, n).
+
+    Raises ValueError for a matrix that is not square.
+
+    >>> DenseOperator(2.0 * torch.eye(2), structure="positive_definite").diagonal()
+    tensor([2., 2.])
+    """
+
+    def __init__(self, matrix: Tensor, structure: Structure = "general") -> None:
+        if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+            raise ValueError(f"matrix has the shape {tuple(matrix.shape)}, but it must be square: (*batch, n, n).")
+        super().__init__(
+            matrix.shape[-1],
+            structure=structure,
+            batch_shape=tuple(matrix.shape[:-2]),
+            dtype=matrix.dtype,
+            device=matrix.device,
+        )
+        self.matrix = matrix
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return (self.matrix @ v.unsqueeze(-1)).squeeze(-1)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return (self.matrix.mH @ v.unsqueeze(-1)).squeeze(-1)
+
+    def to_dense(self) -> Tensor:
+        return self.matrix
+
+    def diagonal(self) -> Tensor:
+        return self.matrix.diagonal(dim1=-2, dim2=-1)
+
+
+class FunctionOperator(LinearOperator):
+    """An operator given by a function v ↦ A v on tensors of shape (*batch, n).
+
+    ``rmatvec`` is v ↦ Aᵀ v; without it, a general operator is transposed by differentiating ``matvec``. A ``dtype``
+    of None means: as the vector it meets.
+
+    >>> second_difference = FunctionOperator(
+    ...     lambda v: 2 * v - torch.roll(v, 1, -1) - torch.roll(v, -1, -1), n=4, structure="symmetric")
+    >>> second_difference(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    tensor([ 2., -1.,  0., -1.])
+    """
+
+    def __init__(
+        self,
+        matvec: Callable[[Tensor], Tensor],
+        n: int,
+        *,
+        rmatvec: Callable[[Tensor], Tensor] | None = None,
+        structure: Structure = "general",
+        batch_shape: tuple[int, ...] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(n, structure=structure, batch_shape=batch_shape, dtype=dtype, device=device)
+        self._matvec, self._rmatvec = matvec, rmatvec
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self._matvec(v)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        if self._rmatvec is not None:
+            return self._rmatvec(v)
+        if self.is_symmetric:
+            return self._matvec(v)
+        return torch.func.vjp(self._matvec, torch.zeros_like(v))[1](v)[0]
+
+
+class _Transpose(LinearOperator):
+    def __init__(self, A: LinearOperator) -> None:
+        super().__init__(A.shape[0], structure=A.structure, batch_shape=A.batch_shape, dtype=A.dtype, device=A.device)
+        self.A = A
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.A.rmatvec(v)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return self.A.matvec(v)
+
+    @property
+    def T(self) -> LinearOperator:
+        return self.A
+
+    def to_dense(self) -> Tensor:
+        return self.A.to_dense().mH
+
+    def diagonal(self) -> Tensor:
+        return self.A.diagonal().conj()
+
+
+class _Sum(LinearOperator):
+    def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
+        structure = min(A.structure, B.structure, key=STRUCTURES.index)
+        super().__init__(_same_n(A, B), structure=structure, **_common(A, B))
+        self.A, self.B = A, B
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.A.matvec(v) + self.B.matvec(v)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return self.A.rmatvec(v) + self.B.rmatvec(v)
+
+    def to_dense(self) -> Tensor:
+        return self.A.to_dense() + self.B.to_dense()
+
+    def diagonal(self) -> Tensor:
+        return self.A.diagonal() + self.B.diagonal()
+
+
+class _Product(LinearOperator):
+    def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
+        super().__init__(_same_n(A, B), structure="general", **_common(A, B))
+        self.A, self.B = A, B
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.A.matvec(self.B.matvec(v))
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return self.B.rmatvec(self.A.rmatvec(v))
+
+
+class _Affine(LinearOperator):
+    """factor · A + shift · I"""
+
+    def __init__(self, A: LinearOperator, factor: float | Tensor, shift: float | Tensor) -> None:
+        structure = A.structure
+        if structure == "positive_definite" and not (_provably(factor, above_zero=True) and _provably(shift)):
+            structure = "symmetric"
+        if structure == "symmetric" and (_is_complex(factor) or _is_complex(shift)):
+            structure = "general"
+        super().__init__(A.shape[0], structure=structure, batch_shape=A.batch_shape, dtype=A.dtype, device=A.device)
+        self.A, self.factor, self.shift_by = A, factor, shift
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return _column(self.factor) * self.A.matvec(v) + _column(self.shift_by) * v
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return _column(_conj(self.factor)) * self.A.rmatvec(v) + _column(_conj(self.shift_by)) * v
+
+    def to_dense(self) -> Tensor:
+        matrix = self.A.to_dense()
+        eye = torch.eye(self.shape[0], dtype=matrix.dtype, device=matrix.device)
+        return _column(_column(self.factor)) * matrix + _column(_column(self.shift_by)) * eye
+
+    def diagonal(self) -> Tensor:
+        return _column(self.factor) * self.A.diagonal() + _column(self.shift_by)
+
+
+def _same_n(A: LinearOperator, B: LinearOperator) -> int:
+    if A.shape != B.shape:
+        raise ValueError(f"operators of shapes {A.shape} and {B.shape} cannot be combined: the shapes must be equal.")
+    return A.shape[0]
+
+
+def _common(A: LinearOperator, B: LinearOperator) -> dict[str, object]:
+    batch_shape = tuple(torch.broadcast_shapes(A.batch_shape, B.batch_shape))
+    return {"batch_shape": batch_shape, "dtype": A.dtype or B.dtype, "device": A.device or B.device}
+
+
+def _column(s: float | Tensor) -> float | Tensor:
+    return s.unsqueeze(-1) if isinstance(s, Tensor) else s
+
+
+def _conj(s: float | Tensor) -> float | Tensor:
+    return s.conj() if isinstance(s, (Tensor, complex)) else s
+
+
+def _is_complex(s: float | Tensor) -> bool:
+    return s.is_complex() if isinstance(s, Tensor) else isinstance(s, complex)
+
+
+def _provably(s: float | Tensor, above_zero: bool = False) -> bool:
+    """Whether s is known to be non-negative (positive); a value inside a transform cannot be looked at."""
+    if _is_complex(s) or (isinstance(s, Tensor) and is_transformed(s)):
+        return False
+    if isinstance(s, Tensor):
+        return bool((s > 0).all() if above_zero else (s >= 0).all())
+    return s > 0 if above_zero else s >= 0
