@@ -1,0 +1,54 @@
+"""Implicit differentiation for PyTorch: the derivative of a solution, under every transform.
+
+>>> import implicitdiff as idf
+>>> layer = idf.RootLayer(lambda x, y: x**2 - y)
+>>> import torch
+>>> torch.func.grad(lambda y: layer(torch.ones(()), y))(torch.tensor(4.0))
+tensor(0.2500)
+"""
+
+from . import conditions, inner_solvers, linear_solvers, operators, preconditioners
+from .api import attach, implicit
+from .checks import check
+from .conditions import FixedPoint, Root, Stationary
+from .errors import ConvergenceError, ConvergenceWarning, ImplicitDiffError
+from .info import LinearSolution, Solution, SolveInfo, Status, record
+from .layers import ArgminLayer, FixedPointLayer, RootLayer
+from .linear_solvers import CG, GMRES, MINRES, Auto, Dense, IterativeLinearSolver, LinearSolver, Neumann
+from .operators import LinearOperator
+from .unrolled import UnrolledLayer
+
+__all__ = [
+    "CG",
+    "GMRES",
+    "MINRES",
+    "ArgminLayer",
+    "Auto",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "Dense",
+    "FixedPoint",
+    "FixedPointLayer",
+    "ImplicitDiffError",
+    "IterativeLinearSolver",
+    "LinearOperator",
+    "LinearSolution",
+    "LinearSolver",
+    "Neumann",
+    "Root",
+    "RootLayer",
+    "Solution",
+    "SolveInfo",
+    "Stationary",
+    "Status",
+    "UnrolledLayer",
+    "attach",
+    "check",
+    "conditions",
+    "implicit",
+    "inner_solvers",
+    "linear_solvers",
+    "operators",
+    "preconditioners",
+    "record",
+]

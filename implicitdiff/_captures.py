@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
@@ -31,6 +32,16 @@ def is_transformed(tensor: Tensor) -> bool:
     return _functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def dual_level_is_open() -> bool:
+    """Whether a ``forward_ad.dual_level()`` is open around the caller."""
+    return forward_ad._current_level >= 0
+
+
+def is_dual(tensor: Tensor) -> bool:
+    """Whether the tensor carries a forward-mode tangent."""
+    return dual_level_is_open() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 @dataclass(frozen=True)
 class Capture:
     """One captured tensor, by weak reference, and the module entry that holds it, where there is one.
@@ -41,6 +52,7 @@ class Capture:
 
     tensor: weakref.ref[Tensor]
     owner: tuple[weakref.ref[nn.Module], str] | None
+    is_dual: bool
 
     def current(self) -> Iterator[Tensor]:
         """The tensors that stand for this capture now."""
@@ -74,7 +86,7 @@ def find_captures(
         recorder.check_all_seen(out)
     found = list(recorder.captures.values())
     owners = _owners(found, roots) if found else {}
-    return found, [Capture(weakref.ref(t), owners.get(id(t))) for t in found]
+    return found, [Capture(weakref.ref(t), owners.get(id(t)), is_dual(t)) for t in found]
 
 
 class Substituted:
@@ -131,7 +143,7 @@ class _Recorder(TorchFunctionMode):
                 )
             return level <= self.level and (tensor.is_floating_point() or tensor.is_complex())
         if not tensor.requires_grad:
-            return False
+            return is_dual(tensor)
         return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < self.entry
 
     def check_all_seen(self, out: Tensor) -> None:

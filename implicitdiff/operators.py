@@ -52,6 +52,8 @@ class LinearOperator(ABC):
         self.batch_shape = tuple(batch_shape)
         self.dtype = dtype
         self.device = device
+        self.of_fixed_point = False
+        """Whether A = I − ∂T/∂x for an update T, whose own iteration then solves with A."""
 
     @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
@@ -184,7 +186,7 @@ class FunctionOperator(LinearOperator):
 class _Transpose(LinearOperator):
     def __init__(self, A: LinearOperator) -> None:
         super().__init__(A.shape[0], structure=A.structure, batch_shape=A.batch_shape, dtype=A.dtype, device=A.device)
-        self.A = A
+        self.A, self.of_fixed_point = A, A.of_fixed_point
 
     def matvec(self, v: Tensor) -> Tensor:
         return self.A.rmatvec(v)

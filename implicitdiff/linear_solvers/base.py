@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import Implicit
-from .._captures import Capture, Substituted, find_captures, is_transformed, transform_level
+from .._captures import Capture, Substituted, dual_level_is_open, find_captures, is_transformed, transform_level
 from .._iteration import iterate
 from .._linear_problem import LinearProblem
 from ..errors import ImplicitDiffError
@@ -82,7 +82,8 @@ class LinearSolver(ABC):
         captured = family.find(b)
         kept = _Kept()
         problem = LinearProblem(family, False, _Keeping(self, kept), "linear")
-        if transform_level() or torch.is_grad_enabled() and any(t.requires_grad for t in (b, *captured)):
+        followed = transform_level() or dual_level_is_open()
+        if followed or (torch.is_grad_enabled() and any(t.requires_grad for t in (b, *captured))):
             value = Implicit.apply(problem, None if x0 is None else x0.detach(), b, *captured)
         else:
             value = problem.solve(x0, b, *captured)
@@ -156,8 +157,8 @@ class IterativeLinearSolver(LinearSolver):
     ...     residual_norm: Tensor
     >>> class Richardson(IterativeLinearSolver):
     ...     def start(self, A, b, x0):
-    ...         r = b - A(x0)
-    ...         return State(x0, r, torch.linalg.vector_norm(r, dim=-1))
+    ...         x, r = initial(A, b, x0)
+    ...         return State(x, r, torch.linalg.vector_norm(r, dim=-1))
     ...     def step(self, A, state):
     ...         x = state.x + 0.3 * state.residual
     ...         r = state.residual - 0.3 * A(state.residual)
@@ -190,8 +191,8 @@ class IterativeLinearSolver(LinearSolver):
         self._last: Tensor | None = None
 
     @abstractmethod
-    def start(self, A: System, b: Tensor, x0: Tensor) -> Any:
-        """The state at x0, with b scaled to unit norm; b and x0 have the shape (*batch, n)."""
+    def start(self, A: System, b: Tensor, x0: Tensor | None) -> Any:
+        """The state at x0 (None: at zero), with b scaled to unit norm; b and x0 have the shape (*batch, n)."""
 
     @abstractmethod
     def step(self, A: System, state: Any) -> Any:
@@ -207,10 +208,10 @@ class IterativeLinearSolver(LinearSolver):
         # Unit norm inside, so that a cotangent of 1e-30 is solved as well as one of 1.
         scale = torch.where((norm > 0) & norm.isfinite(), norm, 1).unsqueeze(-1)
         unit, threshold = b / scale, self._threshold(norm)
-        x = self._start_vector(x0, b) / scale
-        # b = 0 is solved exactly, by 0, whatever the start.
-        x = torch.where((norm > 0).unsqueeze(-1), x, 0)
-        x, iterations, status, residual = self._run(system, unit, x, threshold)
+        x0 = self._start_vector(x0, b)
+        if x0 is not None:  # b = 0 is solved exactly, by 0, whatever the start
+            x0 = torch.where((norm > 0).unsqueeze(-1), x0 / scale, 0)
+        x, iterations, status, residual = self._run(system, unit, x0, threshold)
         converged = residual <= threshold
         status = torch.where(converged, int(Status.CONVERGED), status)
         value = x * scale
@@ -219,16 +220,13 @@ class IterativeLinearSolver(LinearSolver):
         info = SolveInfo(iterations, residual, converged, status, system.matvecs, self.name)
         return LinearSolution(value, info)
 
-    def _start_vector(self, x0: Tensor | None, b: Tensor) -> Tensor:
-        if x0 is not None:
-            return x0.expand_as(b)
+    def _start_vector(self, x0: Tensor | None, b: Tensor) -> Tensor | None:
         last = self._last
-        if last is not None and last.shape == b.shape and last.dtype == b.dtype and last.device == b.device:
-            return last
-        return torch.zeros_like(b)
+        fits = last is not None and last.shape == b.shape and last.dtype == b.dtype and last.device == b.device
+        return x0 if x0 is not None else last if fits else None
 
     def _run(
-        self, A: System, b: Tensor, x: Tensor, threshold: Tensor
+        self, A: System, b: Tensor, x: Tensor | None, threshold: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Iterate until the *true* residual is small, restarting where the recursive one had drifted from it."""
         budget = self.max_iterations or max(100, 10 * b.shape[-1])
@@ -293,6 +291,11 @@ def as_linear_solver(solver: Any, default: type[LinearSolver]) -> LinearSolver:
     return CallableLinearSolver(solver)
 
 
+def initial(A: System, b: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The first iterate and its residual; the start at zero needs no product."""
+    return (torch.zeros_like(b), b) if x0 is None else (x0, b - A(x0))
+
+
 def vector_norm(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v, dim=-1)
 
@@ -343,7 +346,7 @@ class _OperatorWithCaptures:
         self.A, self.captures, self.levels = A, tuple(captures), levels
 
     def find(self, b: Tensor) -> list[Tensor]:
-        if not transform_level() and not torch.is_grad_enabled():
+        if not (transform_level() or dual_level_is_open() or torch.is_grad_enabled()):
             return []
         found, self.captures = find_captures(self.A.matvec, torch.zeros_like(b), [], [self.A])
         return found
@@ -352,10 +355,11 @@ class _OperatorWithCaptures:
         return self._call(self.A.rmatvec if transposed else self.A.matvec)(v, *parameters)
 
     def operator(self, *parameters: Tensor) -> LinearOperator:
-        if not self.levels and not any(is_transformed(t) for c in self.captures for t in c.current()):
+        plain = not any(c.is_dual or any(map(is_transformed, c.current())) for c in self.captures)
+        if plain and not self.levels:
             return self.A
         A = self.A
-        plain = FunctionOperator(
+        return FunctionOperator(
             lambda v: self.product(v, *parameters, transposed=False),
             A.shape[0],
             rmatvec=lambda v: self.product(v, *parameters, transposed=True),
@@ -364,7 +368,6 @@ class _OperatorWithCaptures:
             dtype=A.dtype,
             device=A.device,
         )
-        return plain
 
     def batched(self, size: int, dims: Sequence[int | None], parameters: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
         levels = ((size, tuple(dims)), *self.levels)

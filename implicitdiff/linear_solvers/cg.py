@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..info import RUNNING, Status
-from .base import IterativeLinearSolver, System, inner, vector_norm
+from .base import IterativeLinearSolver, System, initial, inner, vector_norm
 
 
 class CGState(NamedTuple):
@@ -32,11 +32,11 @@ class CG(IterativeLinearSolver):
     tensor([1.0000, 0.5000, 0.2500])
     """
 
-    def start(self, A: System, b: Tensor, x0: Tensor) -> CGState:
-        r = b - A(x0)
+    def start(self, A: System, b: Tensor, x0: Tensor | None) -> CGState:
+        x, r = initial(A, b, x0)
         z = A.precondition(r)
         norm = vector_norm(r)
-        return CGState(x0, r, z, inner(r, z), norm, torch.full_like(norm, RUNNING, dtype=torch.int64))
+        return CGState(x, r, z, inner(r, z), norm, torch.full_like(norm, RUNNING, dtype=torch.int64))
 
     def step(self, A: System, state: CGState) -> CGState:
         Ad = A(state.direction)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..info import RUNNING, FailurePolicy, Status
-from .base import IterativeLinearSolver, Preconditioner, System, vector_norm
+from .base import IterativeLinearSolver, Preconditioner, System, initial, vector_norm
 
 
 class GMRESState(NamedTuple):
@@ -58,8 +58,8 @@ class GMRES(IterativeLinearSolver):
             raise ValueError(f"restart is {restart!r}, but it must be a whole number of at least 1.")
         self.restart = restart
 
-    def start(self, A: System, b: Tensor, x0: Tensor) -> GMRESState:
-        return self._cycle(x0, b - A(x0))
+    def start(self, A: System, b: Tensor, x0: Tensor | None) -> GMRESState:
+        return self._cycle(*initial(A, b, x0))
 
     def _cycle(self, x: Tensor, r: Tensor) -> GMRESState:
         batch, n = r.shape[:-1], r.shape[-1]

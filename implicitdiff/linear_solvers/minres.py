@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..info import RUNNING, Status
-from .base import IterativeLinearSolver, System, inner, vector_norm
+from .base import IterativeLinearSolver, System, initial, inner, vector_norm
 
 
 class MINRESState(NamedTuple):
@@ -44,14 +44,14 @@ class MINRES(IterativeLinearSolver):
     tensor([ 1.0000, -0.5000,  0.2500])
     """
 
-    def start(self, A: System, b: Tensor, x0: Tensor) -> MINRESState:
-        r = b - A(x0)
+    def start(self, A: System, b: Tensor, x0: Tensor | None) -> MINRESState:
+        x, r = initial(A, b, x0)
         y = A.precondition(r)
         norm, beta = vector_norm(r), inner(r, y).real.clamp(min=0).sqrt()
         zero, vector = torch.zeros_like(beta), torch.zeros_like(r)
         status = torch.full_like(norm, RUNNING, dtype=torch.int64)
         return MINRESState(
-            x0, r, norm, status, vector, r, y, zero, beta, zero, zero, beta, zero - 1, zero, vector, vector
+            x, r, norm, status, vector, r, y, zero, beta, zero, zero, beta, zero - 1, zero, vector, vector
         )
 
     def step(self, A: System, state: MINRESState) -> MINRESState:

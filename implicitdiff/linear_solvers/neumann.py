@@ -60,7 +60,7 @@ class Neumann(LinearSolver):
     def _scale(self, system: System, b: Tensor) -> float | Tensor:
         if self.scale is not None:
             return self.scale
-        if getattr(system.A, "of_fixed_point", False):
+        if system.A.of_fixed_point:
             return 1.0
         # ‖A‖₂ by power iteration on AᵀA, from below: a small margin keeps I − scale·A a contraction.
         generator = torch.Generator(device=b.device).manual_seed(0)

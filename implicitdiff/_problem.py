@@ -1,0 +1,202 @@
+"""A user's condition as equations between vectors: what the inner solvers see, and what the implicit Function needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._autograd import Problem
+from ._captures import Capture, Substituted, is_transformed, transform_level
+from ._jacobian import JacobianOperator
+from ._linear_problem import LinearProblem
+from ._tree import Arguments, Vectorizer
+from .conditions import Condition, FixedPoint, Stationary
+from .errors import ImplicitDiffError
+from .info import Solution, report
+from .operators import LinearOperator, check_structure
+
+
+@dataclass(frozen=True)
+class Equations:
+    """A condition with its trees flattened: functions of one system's x of shape (n,) and the tensors of the args."""
+
+    condition: Condition
+    vectorizer: Vectorizer
+    arguments: Arguments
+
+    @property
+    def is_stationarity(self) -> bool:
+        """Whether the equations are the gradient of a scalar, which the products can then be taken of directly."""
+        return isinstance(self.condition, Stationary)
+
+    def primitive(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        """The user's own function: the objective of a stationarity condition, the residual of any other."""
+        args, kwargs = self.arguments.rebuild(tensors)
+        tree = self.vectorizer.unravel(x)
+        if not isinstance(self.condition, Stationary):
+            return self.vectorizer.ravel(self.condition.residual(tree, *args, **kwargs), "the residual")
+        value = self.condition.objective(tree, *args, **kwargs)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ImplicitDiffError(f"the objective returned {given}, but it must return a scalar tensor: sum or average.")
+        return value.reshape(())
+
+
+@dataclass(frozen=True)
+class ConditionProblem(Problem):
+    """F(x, *inputs) = 0 for a condition; the inputs are the tensors of the args, then the captured tensors."""
+
+    equations: Equations
+    inner_solver: Any
+    """An object with ``solve(problem, x0) -> (x, SolveInfo)`` and ``on_failure``; None where x0 is the solution."""
+    linear_solver: Any
+    solution: Solution
+    """Where the reports are left."""
+    captures: tuple[Capture, ...] = ()
+    levels: tuple[tuple[int | None, ...], ...] = ()
+    """One entry per batch dimension, outermost first: which inputs have it."""
+
+    def solve(self, x0: Tensor | None, *inputs: Tensor) -> Tensor:
+        assert x0 is not None
+        if self.inner_solver is None:
+            return x0.clone()
+        x, info = self.inner_solver.solve(InnerProblem(self, inputs), x0)
+        self.solution.forward = info
+        report("forward", info, self.inner_solver.on_failure)
+        return x.clone()
+
+    def residual(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        function = self.function(substituted=True)
+        if not self.equations.is_stationarity:
+            return function(x, *inputs)
+        return torch.func.grad(lambda x: function(x, *inputs).sum())(x)
+
+    def linearized(self, x: Tensor, rhs: Tensor, inputs: Sequence[Tensor], *, adjoint: bool) -> tuple[Problem, Any]:
+        kind = "backward" if adjoint else "tangent"
+        return LinearProblem(_JacobianFamily(self), adjoint, self.linear_solver, kind, self.solution), (rhs, x, *inputs)
+
+    def batched(self, size: int, dims: Sequence[int | None], inputs: Sequence[Tensor]) -> tuple[Any, Any]:
+        return replace(self, levels=(tuple(dims), *self.levels)), inputs
+
+    def function(self, substituted: bool) -> Callable[..., Tensor]:
+        """The user's function over all batch dimensions: (x, *inputs) ↦ objectives (*batch,) or residuals (*batch, n).
+
+        Only the substituted form sees the inputs that stand for captured tensors; the other one is faster.
+        """
+        primitive, count = self.equations.primitive, len(self.equations.arguments.tensors)
+        function: Callable[..., Tensor] = (
+            Substituted(primitive, self.captures) if substituted else lambda x, *inputs: primitive(x, *inputs[:count])
+        )
+        for dims in reversed(self.levels):
+            function = torch.func.vmap(function, in_dims=(0, *dims))
+        return function
+
+    @property
+    def needs_substitution(self) -> bool:
+        """Whether a captured tensor is one that plain code cannot meet, or belongs to the value of one sample."""
+        return any(c.is_dual or any(map(is_transformed, c.current())) for c in self.captures)
+
+
+class InnerProblem:
+    """What an inner solver is given: the problem at fixed args, on plain tensors x of shape (*batch, n).
+
+    Every function works system by system; a system's row depends on its row of x only.
+    """
+
+    def __init__(self, problem: ConditionProblem, inputs: Sequence[Tensor], differentiable: bool = False) -> None:
+        self.problem, self.inputs, self._differentiable = problem, tuple(inputs), differentiable
+        self._function = problem.function(substituted=problem.needs_substitution)
+        self._is_stationarity = problem.equations.is_stationarity
+        self._condition = problem.equations.condition
+
+    def objective(self, x: Tensor) -> Tensor:
+        """The objective, of shape (*batch,). Raises ImplicitDiffError for a problem that has none."""
+        self._need_objective("objective")
+        return self._function(x, *self.inputs)
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """The gradient of the objective, of shape (*batch, n). Raises ImplicitDiffError where there is none."""
+        return self.value_and_gradient(x)[1]
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Objective and gradient from one evaluation."""
+        self._need_objective("gradient")
+        if self._differentiable:
+            return self._graph_gradient(x)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = self._function(x, *self.inputs)
+            if not value.requires_grad:
+                return value, torch.zeros_like(x)
+            (gradient,) = torch.autograd.grad(value.sum(), x, materialize_grads=True)
+        return value.detach(), gradient
+
+    def residual(self, x: Tensor) -> Tensor:
+        """F(x), of shape (*batch, n): the gradient, for an objective."""
+        return self.gradient(x) if self._is_stationarity else self._function(x, *self.inputs)
+
+    def jacobian(self, x: Tensor) -> LinearOperator:
+        """∂F/∂x at x, an operator on (*batch, n) whose products share one graph."""
+        operator = JacobianOperator(self.graph_residual, x, check_structure(self._condition.structure))
+        operator.of_fixed_point = isinstance(self._condition, FixedPoint)
+        return operator
+
+    def hessian(self, x: Tensor) -> LinearOperator:
+        """The Hessian of the objective at x: its ``jacobian``."""
+        self._need_objective("hessian")
+        return self.jacobian(x)
+
+    def graph_residual(self, x: Tensor) -> Tensor:
+        return self._graph_gradient(x)[1] if self._is_stationarity else self._function(x, *self.inputs)
+
+    def _graph_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Objective and gradient with a graph, for what differentiates through them."""
+        if transform_level():
+            gradient, value = torch.func.grad(lambda x: _sum_and_value(self._function(x, *self.inputs)), has_aux=True)(x)
+            return value, gradient
+        if not x.requires_grad:
+            x = x.detach().requires_grad_()
+        value = self._function(x, *self.inputs)
+        if not value.requires_grad:
+            return value, torch.zeros_like(x)
+        (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True, materialize_grads=True)
+        return value, gradient
+
+    def _need_objective(self, name: str) -> None:
+        if not self._is_stationarity:
+            raise ImplicitDiffError(
+                f"problem.{name} was asked for, but this problem is a root or a fixed point and has no objective: the "
+                f"inner solver must work with problem.residual and problem.jacobian, or belongs into an ArgminLayer."
+            )
+
+
+def _sum_and_value(value: Tensor) -> tuple[Tensor, Tensor]:
+    return value.sum(), value
+
+
+class _JacobianFamily:
+    """∂F/∂x as a function of its parameters (x, *inputs)."""
+
+    def __init__(self, problem: ConditionProblem) -> None:
+        self.problem = problem
+
+    def operator(self, x: Tensor, *inputs: Tensor) -> LinearOperator:
+        return InnerProblem(self.problem, inputs).jacobian(x)
+
+    def product(self, v: Tensor, x: Tensor, *inputs: Tensor, transposed: bool) -> Tensor:
+        residual, pullback = torch.func.vjp(lambda x: self.problem.residual(x, *inputs), x)
+        if transposed or self.problem.equations.condition.structure != "general":
+            return pullback(v)[0]
+        _, pullback_of_pullback = torch.func.vjp(lambda u: pullback(u)[0], torch.zeros_like(residual))
+        return pullback_of_pullback(v)[0]
+
+    def batched(self, size: int, dims: Sequence[int | None], parameters: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+        x, *inputs = parameters
+        if dims[0] is None:
+            x = x.expand(size, *x.shape)
+        problem, moved = self.problem.batched(size, dims[1:], inputs)
+        return _JacobianFamily(problem), [x, *moved]

@@ -1,0 +1,231 @@
+"""From the user's call to the implicit Function: ``attach`` and ``implicit``, and what the layers share with them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C import _functorch
+from torch.utils import _pytree as pytree
+
+from ._autograd import Implicit
+from ._captures import dual_level_is_open, find_captures, is_transformed, transform_level
+from ._problem import ConditionProblem, Equations, InnerProblem
+from ._tree import Arguments, Vectorizer
+from .conditions import Condition
+from .errors import ImplicitDiffError
+from .info import FailurePolicy, Solution, SolveInfo
+from .inner_solvers.base import reported_at
+from .linear_solvers import Auto
+from .linear_solvers.base import as_linear_solver
+from .operators import check_structure
+
+
+def attach(condition: Condition, x_star: Any, *args: Any, linear_solver: Any = None, **kwargs: Any) -> Any:
+    """A solution that you already have, made differentiable in ``args`` and ``kwargs``.
+
+    ``x_star`` is a tree of tensors with ``condition.residual(x_star, *args, **kwargs) = 0``; what comes back is equal
+    to it. Its residual is reported (:func:`implicitdiff.record`), as the derivative is only as good as it.
+
+    Raises :class:`ImplicitDiffError` where the residual is not a tree like ``x_star``.
+
+    >>> import implicitdiff as idf
+    >>> y = torch.tensor([4.0, 9.0], requires_grad=True)
+    >>> x = attach(idf.Root(lambda x, y: x * x - y), torch.tensor([2.0, 3.0]), y)
+    >>> torch.autograd.grad(x.sum(), y)[0]
+    tensor([0.2500, 0.1667])
+    """
+    return solve_condition(check_condition(condition), _Given(), linear_solver, x_star, args, kwargs).value
+
+
+def implicit(
+    condition: Condition, linear_solver: Any = None, has_aux: bool = False, batched: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a solver of your own differentiable: ``@implicit(condition)`` above ``def solver(init, *args, **kwargs)``.
+
+    The solver may be anything (NumPy, SciPy, scikit-learn, C++): it gets plain tensors without a graph, and returns
+    x, a tree of tensors like ``init`` that satisfies ``condition.residual(x, *args, **kwargs) = 0`` (``init`` may be
+    None); with ``has_aux=True`` it returns ``(x, aux)``, and so does the call.
+
+    Under ``torch.func.vmap`` the solver is called once per sample and the results are stacked (aux becomes a list);
+    ``batched=True`` says that it takes leading batch dimensions by itself: init and every batched tensor of the args
+    then come with them.
+
+    >>> import numpy, implicitdiff as idf
+    >>> @implicit(idf.Root(lambda x, y: x * x - y))
+    ... def square_root(init, y):
+    ...     return torch.from_numpy(numpy.sqrt(y.numpy()))
+    >>> torch.func.grad(lambda y: square_root(None, y).sum())(torch.tensor([4.0, 9.0]))
+    tensor([0.2500, 0.1667])
+    """
+    check_condition(condition)
+    as_linear_solver(linear_solver, Auto)
+
+    def decorate(solver: Callable[..., Any]) -> Callable[..., Any]:
+        if not callable(solver):
+            raise TypeError(f"implicit decorates a callable solver(init, *args), but it was given {solver!r}.")
+
+        @functools.wraps(solver)
+        def solve(init: Any, *args: Any, **kwargs: Any) -> Any:
+            inner = _UserSolver(solver, has_aux, batched)
+            if init is None:
+                init = inner.shape_of_solution(args, kwargs)
+                inner.init_is_none = True
+            value = solve_condition(condition, inner, linear_solver, init, args, kwargs).value
+            return (value, inner.aux) if has_aux else value
+
+        solve.condition = condition  # type: ignore[attr-defined]
+        return solve
+
+    return decorate
+
+
+def check_condition(condition: Any) -> Condition:
+    """The condition, or an error that says what it lacks."""
+    if isinstance(condition, type) or not callable(getattr(condition, "residual", None)):
+        raise TypeError(
+            f"condition is {condition!r}, but it must be an object with residual(x, *args, **kwargs) and structure, "
+            f"such as Root(residual), FixedPoint(update) or Stationary(objective)."
+        )
+    check_structure(getattr(condition, "structure", None))  # type: ignore[arg-type]
+    return condition
+
+
+def solve_condition(
+    condition: Condition, inner_solver: Any, linear_solver: Any, init: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Solution:
+    """The solution of a condition by an inner solver, differentiable in args, kwargs and captured tensors."""
+    vectorizer = Vectorizer.of(init, "init")
+    equations = Equations(condition, vectorizer, Arguments.of(args, kwargs))
+    solution = Solution(None, None)  # type: ignore[arg-type]  # filled in below
+    problem = ConditionProblem(equations, inner_solver, as_linear_solver(linear_solver, Auto), solution)
+    x0 = vectorizer.ravel(init, "init").detach()
+    solution.value = vectorizer.unravel(_differentiable(problem, x0))
+    return solution
+
+
+def _differentiable(problem: ConditionProblem, x0: Tensor) -> Tensor:
+    tensors = problem.equations.arguments.tensors
+    if transform_level() or dual_level_is_open():
+        # The values are out of reach here: the Function is applied first, and solves where they are plain.
+        problem, captured = _with_captures(problem, x0, {})
+        x = Implicit.apply(problem, x0, *tensors, *captured.values())
+        seen = len(captured)
+        problem, captured = _with_captures(problem, x.detach(), captured)
+        if len(captured) == seen:
+            return x
+        # At the solution the function takes a branch that uses further tensors.
+        return Implicit.apply(replace(problem, inner_solver=None), x.detach(), *tensors, *captured.values())
+    x = _plain_solution(problem, x0, tensors)
+    if not torch.is_grad_enabled():
+        return x
+    problem, captured = _with_captures(problem, x, {})
+    if not any(t.requires_grad for t in (*tensors, *captured.values())):
+        return x
+    return Implicit.apply(replace(problem, inner_solver=None), x, *tensors, *captured.values())
+
+
+def _plain_solution(problem: ConditionProblem, x0: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    # Solvers differentiate, which inference mode and its tensors forbid.
+    with torch.inference_mode(False), torch.no_grad():
+        plain = [t.clone() if t.is_inference() else t.detach() for t in (x0, *tensors)]
+        return problem.solve(*plain)
+
+
+def _with_captures(
+    problem: ConditionProblem, x: Tensor, known: dict[int, Tensor]
+) -> tuple[ConditionProblem, dict[int, Tensor]]:
+    """The problem with the tensors that its function captures at x, after those that are known already."""
+    equations = problem.equations
+    found, captures = find_captures(equations.primitive, x, equations.arguments.tensors, [equations.condition])
+    new = [(t, c) for t, c in zip(found, captures, strict=True) if id(t) not in known]
+    captured = known | {id(t): t for t, _ in new}
+    return replace(problem, captures=(*problem.captures, *(c for _, c in new))), captured
+
+
+class _Given:
+    """The inner solver of a solution that is given: its residual is reported."""
+
+    on_failure: FailurePolicy = "warn"
+
+    def solve(self, problem: InnerProblem, x0: Tensor) -> tuple[Tensor, SolveInfo]:
+        return x0, reported_at(problem, x0, "attach")
+
+
+@dataclass
+class _UserSolver:
+    """A wrapped solver ``(init, *args, **kwargs) -> x`` as an inner solver."""
+
+    solver: Callable[..., Any]
+    has_aux: bool
+    batched: bool
+    init_is_none: bool = False
+    aux: Any = None
+    on_failure: FailurePolicy = "warn"
+
+    @property
+    def name(self) -> str:
+        return getattr(self.solver, "__name__", type(self.solver).__name__)
+
+    def solve(self, problem: InnerProblem, x0: Tensor) -> tuple[Tensor, SolveInfo]:
+        equations = problem.problem.equations
+        levels = problem.problem.levels
+        inputs = problem.inputs[: len(equations.arguments.tensors)]
+        if self.batched and levels:
+            x, self.aux = self._call_batched(equations, x0, inputs)
+        else:
+            x, self.aux = self._per_sample(equations, x0, inputs, levels)
+        x = x.detach().to(x0)
+        return x, reported_at(problem, x, self.name)
+
+    def _per_sample(self, equations: Equations, x0: Tensor, inputs: Sequence[Tensor], levels: Any) -> tuple[Tensor, Any]:
+        if not levels:
+            args, kwargs = equations.arguments.rebuild([t.detach() for t in inputs])
+            init = None if self.init_is_none else equations.vectorizer.unravel(x0)
+            x, aux = self._call(init, args, kwargs)
+            return equations.vectorizer.ravel(x, f"what {self.name} returned"), aux
+        parts = [
+            self._per_sample(
+                equations, x0[i], [t if d is None else t[i] for t, d in zip(inputs, levels[0], strict=False)], levels[1:]
+            )
+            for i in range(len(x0))
+        ]
+        return torch.stack([x for x, _ in parts]), [aux for _, aux in parts]
+
+    def _call_batched(self, equations: Equations, x0: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        vectorizer = equations.vectorizer
+        batch = x0.shape[:-1]
+        unravel, ravel = vectorizer.unravel, lambda tree: vectorizer.ravel(tree, f"what {self.name} returned")
+        for _ in batch:
+            unravel, ravel = torch.func.vmap(unravel), torch.func.vmap(ravel)
+        args, kwargs = equations.arguments.rebuild([t.detach() for t in inputs])
+        x, aux = self._call(None if self.init_is_none else unravel(x0), args, kwargs)
+        return ravel(x), aux
+
+    def shape_of_solution(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A tree like the solution, found by solving one plain sample."""
+        plain_args, plain_kwargs = pytree.tree_map_only(Tensor, _plain_sample, (args, kwargs))
+        with torch.no_grad():
+            x, _ = self._call(None, plain_args, plain_kwargs)
+        return x
+
+    def _call(self, init: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        out = self.solver(init, *args, **kwargs)
+        if not self.has_aux:
+            return out, None
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise ImplicitDiffError(f"{self.name} has has_aux=True and must return (x, aux), but it returned {type(out).__name__}.")
+        return out
+
+
+def _plain_sample(tensor: Tensor) -> Tensor:
+    """One sample's value of a tensor, below all transforms."""
+    while is_transformed(tensor):
+        value = _functorch.get_unwrapped(tensor)
+        tensor = value.select(_functorch.maybe_get_bdim(tensor), 0) if _functorch.is_batchedtensor(tensor) else value
+    return (forward_ad.unpack_dual(tensor).primal if dual_level_is_open() else tensor).detach()

@@ -1,0 +1,151 @@
+"""What an inner solver is: settings, the loop, a tolerance per system, honest reports."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .._iteration import iterate
+from ..errors import ImplicitDiffError
+from ..info import FailurePolicy, SolveInfo, Status
+from ..linear_solvers.base import check_max_iterations, check_not_negative, check_policy, vector_norm
+from ..operators import LinearOperator
+
+
+class InnerProblem(Protocol):
+    """The problem at fixed args, on tensors x of shape (*batch, n), system by system."""
+
+    def objective(self, x: Tensor) -> Tensor:
+        """The objective, of shape (*batch,)."""
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """Its gradient, of shape (*batch, n)."""
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both from one evaluation."""
+
+    def residual(self, x: Tensor) -> Tensor:
+        """F(x), of shape (*batch, n): the gradient, for an objective."""
+
+    def jacobian(self, x: Tensor) -> LinearOperator:
+        """∂F/∂x at x."""
+
+    def hessian(self, x: Tensor) -> LinearOperator:
+        """The Hessian of the objective at x."""
+
+
+class InnerSolver(ABC):
+    """Finds x with F(x, *args) = 0, on plain tensors of shape (*batch, n), each system with its own stopping.
+
+    A subclass writes ``start(problem, x0)`` and ``step(problem, state)``; a state is a NamedTuple with at least ``x``
+    and ``residual_norm``, the ‖F(x)‖₂ of each system. Steps written with torch operations can be unrolled too
+    (:class:`implicitdiff.UnrolledLayer`).
+
+    Settings common to all:
+
+    * ``tol``: converged means ‖F(x)‖₂ ≤ tol, per system. None means √ε · max(1, ‖F(x₀)‖₂), ε the rounding unit of the
+      dtype: 1.5e-8 for float64 and 3.5e-4 for float32;
+    * ``max_iterations``: per system;
+    * ``on_failure``: "warn" (default), "raise" or "ignore" when a system was not solved.
+
+    A fixed number of steps is ``max_iterations=16, tol=0.0, on_failure="ignore"``.
+
+    A custom inner solver may also be any callable ``(problem, x0) -> x``; ``problem`` offers ``objective(x)``,
+    ``gradient(x)``, ``residual(x)``, and ``hessian(x)`` / ``jacobian(x)`` as operators.
+    """
+
+    def __init__(
+        self, *, tol: float | None = None, max_iterations: int = 1000, on_failure: FailurePolicy = "warn"
+    ) -> None:
+        if tol is not None:
+            check_not_negative(tol=tol)
+        if check_max_iterations(max_iterations) is None:
+            raise ValueError("max_iterations is None, but it must be a whole number of at least 1.")
+        self.tol, self.max_iterations, self.on_failure = tol, max_iterations, check_policy(on_failure)
+
+    @abstractmethod
+    def start(self, problem: InnerProblem, x0: Tensor) -> Any:
+        """The state at x0."""
+
+    @abstractmethod
+    def step(self, problem: InnerProblem, state: Any) -> Any:
+        """The state after one iteration."""
+
+    def solve(self, problem: InnerProblem, x0: Tensor) -> tuple[Tensor, SolveInfo]:
+        """The solution from x0 and its report, without acting on a failure."""
+        ended = self.run(problem, x0, lambda state: self.step(problem, state))
+        status, x = ended.status, ended.state.x
+        norm = ended.state.residual_norm.detach()
+        return x, SolveInfo(ended.iterations, norm, status == Status.CONVERGED, status, 0, type(self).__name__)
+
+    def run(self, problem: InnerProblem, x0: Tensor, step: Callable[[Any], Any]) -> Any:
+        """The loop from x0 with a given form of the step."""
+        state = self.start(problem, x0)
+        return iterate(step, state, self._threshold(state.residual_norm.detach()), self.max_iterations)
+
+    def __call__(self, problem: InnerProblem, x0: Tensor) -> Tensor:
+        return self.solve(problem, x0)[0]
+
+    def _threshold(self, initial: Tensor) -> Tensor:
+        if self.tol is not None:
+            return torch.full_like(initial, self.tol)
+        return torch.finfo(initial.dtype).eps ** 0.5 * initial.clamp(min=1.0).nan_to_num(1.0)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        return f"{type(self).__name__}({settings})"
+
+
+class CallableInnerSolver:
+    """Any callable ``(problem, x0) -> x``: the residual at what it returns is reported.
+
+    It has a tolerance of its own that is not known here, so that no failure is acted on unless x is not finite.
+    """
+
+    on_failure: FailurePolicy = "warn"
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
+        self.function = function
+
+    def solve(self, problem: InnerProblem, x0: Tensor) -> tuple[Tensor, SolveInfo]:
+        name = getattr(self.function, "__name__", type(self.function).__name__)
+        x = self.function(problem, x0)
+        if not isinstance(x, Tensor) or x.shape != x0.shape:
+            given = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ImplicitDiffError(
+                f"the inner solver {name} returned {given}, but it must return a tensor of the shape of x0, "
+                f"{tuple(x0.shape)}."
+            )
+        x = x.detach().to(x0)
+        return x, reported_at(problem, x, name)
+
+
+def reported_at(problem: InnerProblem, x: Tensor, name: str) -> SolveInfo:
+    """The report of a solution that somebody else found: ‖F(x)‖₂, and whether it is finite."""
+    norm = vector_norm(problem.residual(x)).detach()
+    finite = norm.isfinite()
+    zero = torch.zeros_like(norm, dtype=torch.int64)
+    status = torch.where(finite, int(Status.CONVERGED), int(Status.NON_FINITE))
+    return SolveInfo(zero, norm, finite, status, 0, name)
+
+
+def as_inner_solver(solver: Any, default: Any) -> Any:
+    """What the user passed as ``inner_solver``, as an object with ``solve`` and ``on_failure``."""
+    if solver is None:
+        return default()
+    if isinstance(solver, InnerSolver):
+        return solver
+    if isinstance(solver, type) or not callable(solver):
+        hint = f" (did you mean {solver.__name__}()?)" if isinstance(solver, type) else ""
+        raise TypeError(
+            f"inner_solver is {solver!r}, but it must be an InnerSolver such as LBFGS(), or a callable "
+            f"(problem, x0) -> x{hint}."
+        )
+    return CallableInnerSolver(solver)
+
+
+__all__ = ["InnerProblem", "InnerSolver"]

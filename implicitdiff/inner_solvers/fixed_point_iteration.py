@@ -1,0 +1,39 @@
+"""The plain fixed-point iteration."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..info import FailurePolicy
+from ..linear_solvers.base import vector_norm
+from .base import InnerProblem, InnerSolver
+
+
+class FixedPointIterationState(NamedTuple):
+    x: Tensor
+    residual: Tensor
+    residual_norm: Tensor
+
+
+class FixedPointIteration(InnerSolver):
+    """x ← x − F(x), which for a fixed point is x ← update(x). It converges where the update is a contraction.
+
+    >>> import implicitdiff as idf
+    >>> layer = idf.FixedPointLayer(lambda x, t: torch.cos(x) + t, inner_solver=FixedPointIteration())
+    >>> layer(torch.zeros((), dtype=torch.float64), 0.0).item()
+    0.739085...
+    """
+
+    def __init__(
+        self, *, tol: float | None = None, max_iterations: int = 1000, on_failure: FailurePolicy = "warn"
+    ) -> None:
+        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+
+    def start(self, problem: InnerProblem, x0: Tensor) -> FixedPointIterationState:
+        residual = problem.residual(x0)
+        return FixedPointIterationState(x0, residual, vector_norm(residual))
+
+    def step(self, problem: InnerProblem, state: FixedPointIterationState) -> FixedPointIterationState:
+        return self.start(problem, state.x - state.residual)

@@ -1,0 +1,73 @@
+"""Newton's method for roots."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..info import RUNNING, FailurePolicy, Status
+from ..linear_solvers.auto import Auto
+from ..linear_solvers.base import as_linear_solver, vector_norm
+from .base import InnerProblem, InnerSolver
+
+MAX_HALVINGS = 20
+
+
+class NewtonState(NamedTuple):
+    x: Tensor
+    residual: Tensor
+    residual_norm: Tensor
+    status: Tensor
+
+
+class Newton(InnerSolver):
+    """x ← x − step · A⁻¹ F(x), with the step halved until ‖F‖₂ decreases (Dennis and Schnabel 1996, section 6.5).
+
+    For roots, fixed points and (saddle points included) stationary points. ``linear_solver`` solves the Newton
+    systems; ``Auto()`` by default.
+
+    >>> import implicitdiff as idf
+    >>> idf.RootLayer(lambda x, y: x**2 - y, inner_solver=Newton())(torch.ones(1), torch.tensor([4.0]))
+    tensor([2.])
+    """
+
+    def __init__(
+        self,
+        linear_solver: Any = None,
+        *,
+        tol: float | None = None,
+        max_iterations: int = 100,
+        on_failure: FailurePolicy = "warn",
+    ) -> None:
+        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+        self.linear_solver = as_linear_solver(linear_solver, Auto)
+
+    def start(self, problem: InnerProblem, x0: Tensor) -> NewtonState:
+        residual = problem.residual(x0)
+        norm = vector_norm(residual)
+        return NewtonState(x0, residual, norm, torch.full_like(norm, RUNNING, dtype=torch.int64))
+
+    def step(self, problem: InnerProblem, state: NewtonState) -> NewtonState:
+        direction = -self.linear_solver.solve(problem.jacobian(state.x), state.residual).value
+        # The full step in parts of a system that is done may be anything: it is not taken.
+        direction = torch.where(direction.isfinite().all(-1, keepdim=True), direction, 0)
+        step = torch.ones_like(state.residual_norm)
+        for _ in range(MAX_HALVINGS):
+            x = state.x + step.unsqueeze(-1) * direction
+            residual = problem.residual(x)
+            norm = vector_norm(residual)
+            ok = (norm <= (1 - 1e-4 * step) * state.residual_norm) | (state.residual_norm == 0)
+            if bool(ok.all()):
+                break
+            step = torch.where(ok, step, 0.5 * step)
+        # No shorter step helps: rounding, or a stationary point of ‖F‖ that is no root.
+        status = torch.where(ok, state.status, int(Status.STAGNATED))
+        taken = ok.unsqueeze(-1)
+        return NewtonState(
+            torch.where(taken, x, state.x),
+            torch.where(taken, residual, state.residual),
+            torch.where(ok, norm, state.residual_norm),
+            status,
+        )

@@ -1,0 +1,100 @@
+"""Implicit layers: modules whose output is the solution of a problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .api import solve_condition
+from .conditions import Condition, FixedPoint, Root, Stationary, Tree
+from .info import Solution
+from .inner_solvers import LBFGS, Anderson, Newton
+from .inner_solvers.base import as_inner_solver
+from .linear_solvers import Auto
+from .linear_solvers.base import as_linear_solver
+
+
+class ImplicitLayer(nn.Module):
+    """What the layers share: a condition, the inner solver that satisfies it, the linear solver for derivatives.
+
+    A function that is a module is registered, so that its parameters are the layer's.
+    """
+
+    def __init__(self, function: Any, condition: Condition, inner_solver: Any, linear_solver: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.condition = condition
+        self.inner_solver = inner_solver
+        self.linear_solver = as_linear_solver(linear_solver, Auto)
+
+    def forward(self, init: Tree, *args: Any, **kwargs: Any) -> Tree:
+        """The solution, a tree like ``init``, differentiable in args, kwargs and captured tensors, not in init."""
+        return self.solve(init, *args, **kwargs).value
+
+    def solve(self, init: Tree, *args: Any, **kwargs: Any) -> Solution:
+        """The solution with its reports: ``.value``, ``.forward``, and ``.backward`` once a derivative was taken."""
+        return solve_condition(self.condition, self.inner_solver, self.linear_solver, init, args, kwargs)
+
+    def extra_repr(self) -> str:
+        return f"inner_solver={self.inner_solver!r}, linear_solver={self.linear_solver!r}"
+
+
+class ArgminLayer(ImplicitLayer):
+    """``layer(init, *args)`` is the x near init that minimises ``objective(x, *args)``, a scalar.
+
+    * ``objective``: a callable or an ``nn.Module``; tensors it closes over get gradients like arguments.
+    * ``inner_solver``: finds x; :class:`~implicitdiff.inner_solvers.LBFGS` by default. An
+      :class:`~implicitdiff.inner_solvers.InnerSolver`, or any callable ``(problem, x0) -> x``.
+    * ``linear_solver``: solves with the Hessian for derivatives; :class:`~implicitdiff.Auto` by default. A
+      :class:`~implicitdiff.LinearSolver`, or any callable ``(A, b) -> x``.
+
+    Raises :class:`~implicitdiff.ImplicitDiffError` where the objective is not a scalar or init not a tree of floating
+    point tensors; warns with :class:`~implicitdiff.ConvergenceWarning` where a solve failed.
+
+    >>> import torch
+    >>> layer = ArgminLayer(lambda x, y: ((x**2 - y) ** 2).sum())
+    >>> y = torch.tensor([4.0, 9.0], dtype=torch.float64, requires_grad=True)
+    >>> layer(torch.ones(2, dtype=torch.float64), y).sum().backward()
+    >>> y.grad
+    tensor([0.2500, 0.1667], dtype=torch.float64)
+    """
+
+    def __init__(
+        self, objective: Callable[..., Tensor], *, inner_solver: Any = None, linear_solver: Any = None
+    ) -> None:
+        super().__init__(objective, Stationary(objective), as_inner_solver(inner_solver, LBFGS), linear_solver)
+
+
+class RootLayer(ImplicitLayer):
+    """``layer(init, *args)`` is the x near init with ``residual(x, *args) = 0``, a tree like x.
+
+    ``inner_solver`` is :class:`~implicitdiff.inner_solvers.Newton` by default; everything else as in
+    :class:`ArgminLayer`.
+
+    >>> import torch
+    >>> layer = RootLayer(lambda x, y: x**2 - y)
+    >>> torch.func.jacrev(layer, argnums=1)(torch.ones(2), torch.tensor([4.0, 9.0]))
+    tensor([[0.2500, 0.0000],
+            [0.0000, 0.1667]])
+    """
+
+    def __init__(self, residual: Callable[..., Tree], *, inner_solver: Any = None, linear_solver: Any = None) -> None:
+        super().__init__(residual, Root(residual), as_inner_solver(inner_solver, Newton), linear_solver)
+
+
+class FixedPointLayer(ImplicitLayer):
+    """``layer(init, *args)`` is the x near init with ``update(x, *args) = x``, a tree like x.
+
+    ``inner_solver`` is :class:`~implicitdiff.inner_solvers.Anderson` by default; everything else as in
+    :class:`ArgminLayer`.
+
+    >>> import torch
+    >>> layer = FixedPointLayer(lambda x, y: (x + y / x) / 2)  # Heron's square root
+    >>> torch.func.grad(lambda y: layer(torch.ones(()), y))(torch.tensor(4.0))
+    tensor(0.2500)
+    """
+
+    def __init__(self, update: Callable[..., Tree], *, inner_solver: Any = None, linear_solver: Any = None) -> None:
+        super().__init__(update, FixedPoint(update), as_inner_solver(inner_solver, Anderson), linear_solver)

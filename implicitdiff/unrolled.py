@@ -1,0 +1,95 @@
+"""Differentiation through the steps of an inner solver: the baseline, and the way to check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ._iteration import select
+from ._problem import ConditionProblem, Equations, InnerProblem
+from ._tree import Arguments, Vectorizer
+from .conditions import Stationary, Tree
+from .info import Solution, SolveInfo, Status, report
+from .inner_solvers.base import InnerSolver
+
+
+class UnrolledLayer(nn.Module):
+    """``layer(init, *args)`` gives the same x as ``ArgminLayer(objective, inner_solver=...)``, by the same steps, but
+    its derivative is that of the steps themselves, through torch's own graph.
+
+    ``truncate=K`` differentiates through the last K steps of each system only: x is detached before them (Shaban et
+    al. 2019). Memory grows with the number of steps that are differentiated.
+
+    Raises TypeError for an inner solver that is not an :class:`~implicitdiff.inner_solvers.InnerSolver`.
+
+    >>> from implicitdiff.inner_solvers import GradientDescent
+    >>> gd = GradientDescent(stepsize=0.25, max_iterations=3, tol=0.0, on_failure="ignore")
+    >>> layer = UnrolledLayer(lambda x, t: ((x - t) ** 2).sum(), gd)
+    >>> t = torch.tensor([1.0], requires_grad=True)
+    >>> layer(torch.zeros(1), t).backward()
+    >>> t.grad  # 1 − 0.5³: the exact minimum would give 1
+    tensor([0.8750])
+    """
+
+    def __init__(
+        self, objective: Callable[..., Tensor], inner_solver: InnerSolver, truncate: int | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(inner_solver, InnerSolver):
+            raise TypeError(
+                f"inner_solver is {inner_solver!r}, but unrolling needs an InnerSolver whose steps can be followed, "
+                f"such as GradientDescent(stepsize=0.1)."
+            )
+        if truncate is not None and (int(truncate) != truncate or truncate < 0):
+            raise ValueError(f"truncate is {truncate!r}, but it must be a whole number of steps of at least 0, or None.")
+        self.function, self.condition = objective, Stationary(objective)
+        self.inner_solver, self.truncate = inner_solver, truncate
+
+    def forward(self, init: Tree, *args: Any, **kwargs: Any) -> Tree:
+        """The solution, a tree like ``init``."""
+        return self.solve(init, *args, **kwargs).value
+
+    def solve(self, init: Tree, *args: Any, **kwargs: Any) -> Solution:
+        """The solution with the report of the inner solve; there is no linear solve, so no ``.backward``."""
+        vectorizer = Vectorizer.of(init, "init")
+        equations = Equations(self.condition, vectorizer, Arguments.of(args, kwargs))
+        solution = Solution(None, None)  # type: ignore[arg-type]  # filled in below
+        problem = ConditionProblem(equations, self.inner_solver, None, solution)
+        inner = InnerProblem(problem, equations.arguments.tensors, differentiable=torch.is_grad_enabled())
+        x0 = vectorizer.ravel(init, "init").detach()
+        ended = self.inner_solver.run(inner, x0, self._step(inner, x0))
+        norm, status = ended.state.residual_norm.detach(), ended.status
+        name = type(self.inner_solver).__name__
+        solution.forward = SolveInfo(ended.iterations, norm, status == Status.CONVERGED, status, 0, name)
+        report("forward", solution.forward, self.inner_solver.on_failure)
+        solution.value = vectorizer.unravel(ended.state.x)
+        return solution
+
+    def _step(self, problem: InnerProblem, x0: Tensor) -> Callable[[Any], Any]:
+        """The solver's step, with the state detached where the last ``truncate`` steps of a system begin."""
+        if self.truncate is None:
+            return lambda state: self.inner_solver.step(problem, state)
+        first = self._iterations(problem, x0) - self.truncate
+        count = 0
+
+        def step(state: Any) -> Any:
+            nonlocal count
+            cut = count <= first  # system by system
+            detached = pytree.tree_map_only(Tensor, Tensor.detach, state)
+            state = detached if first.ndim == 0 and bool(cut) else select(cut, detached, state)
+            count += 1
+            return self.inner_solver.step(problem, state)
+
+        return step
+
+    def _iterations(self, problem: InnerProblem, x0: Tensor) -> Tensor:
+        """How many steps each system will take."""
+        if self.inner_solver.tol == 0.0:
+            return torch.tensor(self.inner_solver.max_iterations)
+        with torch.no_grad():
+            plain = InnerProblem(problem.problem, problem.inputs)
+            return self.inner_solver.run(plain, x0, lambda s: self.inner_solver.step(plain, s)).iterations
