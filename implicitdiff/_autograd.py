@@ -18,6 +18,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch
 
+from ._captures import transform_level
+from ._tree import is_differentiable
 from .errors import ImplicitDiffError
 
 
@@ -35,6 +37,13 @@ class Problem(ABC):
     @abstractmethod
     def linearized(self, x: Tensor, rhs: Tensor, inputs: Sequence[Tensor], *, adjoint: bool) -> tuple[Problem, Any]:
         """The problem A u = rhs (Aᵀ u = rhs for the adjoint) at a solution x, and its inputs."""
+
+    def plain_pullback(self, x: Tensor, g: Tensor, inputs: Sequence[Tensor], wanted: Sequence[int]) -> list[Any] | None:
+        """Bᵀ u with Aᵀ u = g for the wanted inputs, where nobody follows: F is then evaluated once for A and B.
+
+        None means that the problem has no shorter way than the general one.
+        """
+        return None
 
     @abstractmethod
     def batched(self, size: int, dims: Sequence[int | None], inputs: Sequence[Tensor]) -> tuple[Problem, Any]:
@@ -60,11 +69,15 @@ class Implicit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, *inputs = ctx.saved_tensors
-        adjoint, point = ctx.problem.linearized(x, g, inputs, adjoint=True)
-        u = Implicit.apply(adjoint, None, *point)
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-        cotangents = _pull(lambda *chosen: ctx.problem.residual(x, *_replaced(inputs, wanted, chosen)), inputs, wanted, u)
-        return None, None, *(None if c is None else -c for c in cotangents)
+        wanted = [i for i, t in enumerate(inputs) if ctx.needs_input_grad[i + 2] and is_differentiable(t)]
+        cotangents = None
+        if not (torch.is_grad_enabled() or transform_level() or _functorch.is_legacy_batchedtensor(g)):
+            cotangents = ctx.problem.plain_pullback(x, g, inputs, wanted)
+        if cotangents is None:
+            adjoint, point = ctx.problem.linearized(x, g, inputs, adjoint=True)
+            u = Implicit.apply(adjoint, None, *point)
+            cotangents = _pull(lambda *chosen: ctx.problem.residual(x, *_replaced(inputs, wanted, chosen)), inputs, wanted, u)
+        return None, None, *_replaced([None] * len(inputs), wanted, [-c for c in cotangents])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -96,15 +109,11 @@ def _batched_apply(
     return Implicit.apply(batched, x0, *moved)
 
 
-def _pull(function: Any, inputs: Sequence[Tensor], wanted: Sequence[int], u: Tensor) -> list[Tensor | None]:
-    """Bᵀ u, in the places of the wanted inputs."""
-    cotangents: list[Tensor | None] = [None] * len(inputs)
+def _pull(function: Any, inputs: Sequence[Tensor], wanted: Sequence[int], u: Tensor) -> Sequence[Tensor]:
+    """Bᵀ u for the wanted inputs."""
     if not wanted:
-        return cotangents
-    _, pullback = torch.func.vjp(function, *(inputs[i] for i in wanted))
-    for i, cotangent in zip(wanted, pullback(u), strict=True):
-        cotangents[i] = cotangent
-    return cotangents
+        return ()
+    return torch.func.vjp(function, *(inputs[i] for i in wanted))[1](u)
 
 
 def _push(function: Any, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
@@ -114,7 +123,7 @@ def _push(function: Any, primals: Sequence[Tensor], tangents: Sequence[Tensor]) 
     return pullback_of_pullback(tuple(tangents))[0]
 
 
-def _replaced(inputs: Sequence[Tensor], places: Sequence[int], values: Sequence[Tensor]) -> list[Tensor]:
+def _replaced(inputs: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
     new = list(inputs)
     for place, value in zip(places, values, strict=True):
         new[place] = value

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 
+from ._tree import is_differentiable
 from .errors import ImplicitDiffError
 
 
@@ -79,7 +80,15 @@ def find_captures(
     recorder = _Recorder(tensors)
     if transform_level():
         # One more level: whatever is computed from the arguments, even out of the mode's sight, now lives on it.
-        torch.func.vjp(lambda *inputs: recorder.run(function, inputs), x, *tensors)
+        lifted = [i for i, t in enumerate(tensors) if is_differentiable(t)]
+
+        def run(x: Tensor, *values: Tensor) -> Tensor:
+            inputs = [x, *tensors]
+            for i, value in zip(lifted, values, strict=True):
+                inputs[i + 1] = value
+            return recorder.run(function, inputs)
+
+        torch.func.vjp(run, x, *(tensors[i] for i in lifted))
     else:
         with torch.enable_grad():
             out = recorder.run(function, (x, *tensors))
@@ -107,7 +116,7 @@ class Substituted:
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes each differentiable tensor that an operation meets and that was neither given nor produced inside."""
+    """Notes each tensor that an operation meets, that a transform or the graph follows, and that came from outside."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         super().__init__()
@@ -141,7 +150,7 @@ class _Recorder(TorchFunctionMode):
                     "the function uses a tensor of a torch.func transform that has already ended (it leaked out of a "
                     "vmap, grad or jvp through a closure or an attribute). Pass the tensor as an argument instead."
                 )
-            return level <= self.level and (tensor.is_floating_point() or tensor.is_complex())
+            return level <= self.level
         if not tensor.requires_grad:
             return is_dual(tensor)
         return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < self.entry

@@ -55,9 +55,11 @@ class JacobianOperator(LinearOperator):
         )
         return product
 
-    def many(self, vs: Tensor) -> Tensor:
-        """A v for vs of shape (k, *batch, n): k products in one sweep."""
-        return torch.func.vmap(self.matvec)(vs) if len(vs) else vs
+    def pull_to(self, tensors: list[Tensor], u: Tensor) -> list[Tensor]:
+        """(∂F/∂t)ᵀ u for tensors t that the residual was computed from; the last product of this graph."""
+        if not tensors or not self._residual.requires_grad:
+            return [torch.zeros_like(t) for t in tensors]
+        return list(torch.autograd.grad(self._residual, tensors, u, allow_unused=True, materialize_grads=True))
 
     def to_dense(self) -> Tensor:
         # Rows of A by Aᵀ eᵢ: one graph less than columns by A eᵢ.

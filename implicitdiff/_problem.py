@@ -79,6 +79,13 @@ class ConditionProblem(Problem):
         kind = "backward" if adjoint else "tangent"
         return LinearProblem(_JacobianFamily(self), adjoint, self.linear_solver, kind, self.solution), (rhs, x, *inputs)
 
+    def plain_pullback(self, x: Tensor, g: Tensor, inputs: Sequence[Tensor], wanted: Sequence[int]) -> list[Any] | None:
+        values = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+        A = InnerProblem(self, values, substituted=bool(self.captures)).jacobian(x)
+        adjoint = LinearProblem(_Known(A), True, self.linear_solver, "backward", self.solution)
+        u = adjoint.solve(None, g)
+        return A.pull_to([values[i] for i in wanted], u)
+
     def batched(self, size: int, dims: Sequence[int | None], inputs: Sequence[Tensor]) -> tuple[Any, Any]:
         return replace(self, levels=(tuple(dims), *self.levels)), inputs
 
@@ -107,9 +114,16 @@ class InnerProblem:
     Every function works system by system; a system's row depends on its row of x only.
     """
 
-    def __init__(self, problem: ConditionProblem, inputs: Sequence[Tensor], differentiable: bool = False) -> None:
+    def __init__(
+        self,
+        problem: ConditionProblem,
+        inputs: Sequence[Tensor],
+        *,
+        differentiable: bool = False,
+        substituted: bool = False,
+    ) -> None:
         self.problem, self.inputs, self._differentiable = problem, tuple(inputs), differentiable
-        self._function = problem.function(substituted=problem.needs_substitution)
+        self._function = problem.function(substituted or problem.needs_substitution)
         self._is_stationarity = problem.equations.is_stationarity
         self._condition = problem.equations.condition
 
@@ -125,7 +139,7 @@ class InnerProblem:
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient from one evaluation."""
         self._need_objective("gradient")
-        if self._differentiable:
+        if self._differentiable or transform_level():
             return self._graph_gradient(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
@@ -139,7 +153,7 @@ class InnerProblem:
         """F(x), of shape (*batch, n): the gradient, for an objective."""
         return self.gradient(x) if self._is_stationarity else self._function(x, *self.inputs)
 
-    def jacobian(self, x: Tensor) -> LinearOperator:
+    def jacobian(self, x: Tensor) -> JacobianOperator:
         """∂F/∂x at x, an operator on (*batch, n) whose products share one graph."""
         operator = JacobianOperator(self.graph_residual, x, check_structure(self._condition.structure))
         operator.of_fixed_point = isinstance(self._condition, FixedPoint)
@@ -176,6 +190,16 @@ class InnerProblem:
 
 def _sum_and_value(value: Tensor) -> tuple[Tensor, Tensor]:
     return value.sum(), value
+
+
+@dataclass(frozen=True)
+class _Known:
+    """One operator, without parameters."""
+
+    A: LinearOperator
+
+    def operator(self) -> LinearOperator:
+        return self.A
 
 
 class _JacobianFamily:

@@ -102,7 +102,7 @@ def _shapes(shapes: Sequence[torch.Size]) -> str:
 
 @dataclass(frozen=True)
 class Arguments:
-    """args and kwargs taken apart: the differentiable tensors, and the rest that stays as it is."""
+    """args and kwargs taken apart: the tensors (integer ones too, as vmap may batch them), and the rest."""
 
     tensors: tuple[Tensor, ...]
     _leaves: tuple[Any, ...]
@@ -118,13 +118,13 @@ class Arguments:
                     f"an argument is a {type(leaf).__name__}, which implicit layers do not support: pass its local "
                     f"tensor (.to_local() or .full_tensor())."
                 )
-        positions = tuple(i for i, leaf in enumerate(leaves) if is_differentiable(leaf))
+        positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
         tensors = tuple(leaves[i] for i in positions)
         rest = tuple(None if i in set(positions) else leaf for i, leaf in enumerate(leaves))
         return cls(tensors, rest, positions, spec)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """args and kwargs with other tensors in the places of the differentiable ones."""
+        """args and kwargs with other tensors in the places of these."""
         leaves = list(self._leaves)
         for position, tensor in zip(self._positions, tensors, strict=True):
             leaves[position] = tensor

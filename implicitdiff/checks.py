@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._jacobian import JacobianOperator
 from ._problem import ConditionProblem, Equations, InnerProblem
-from ._tree import Arguments, Vectorizer
+from ._tree import Arguments, Vectorizer, is_differentiable
 from .api import check_condition
 from .info import Solution
 from .linear_solvers import Auto
@@ -117,27 +117,28 @@ def _check_gradient(
     report: CheckReport, layer: Callable[..., Any], init: Any, equations: Equations, generator: torch.Generator
 ) -> None:
     tensors = [t.detach() for t in equations.arguments.tensors]
-    if not tensors:
+    floating = [i for i, t in enumerate(tensors) if is_differentiable(t) and t.numel()]
+    if not floating:
         return
     draw = lambda t: torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=generator)  # noqa: E731
-    directions = [draw(t) * t.abs().mean().clamp(min=1e-3) if t.numel() else t for t in tensors]
+    directions = {i: draw(tensors[i]) * tensors[i].abs().mean().clamp(min=1e-3) for i in floating}
     weights: Tensor | None = None
 
-    def value(moved: list[Tensor]) -> Tensor:
+    def value(moved: dict[int, Tensor]) -> Tensor:
         nonlocal weights
-        args, kwargs = equations.arguments.rebuild(moved)
+        args, kwargs = equations.arguments.rebuild([moved.get(i, t) for i, t in enumerate(tensors)])
         x = equations.vectorizer.ravel(layer(init, *args, **kwargs), "the solution")
         weights = draw(x) if weights is None else weights
         return (weights.conj() * x).sum().real
 
     with torch.enable_grad():
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        gradients = torch.autograd.grad(value(leaves), leaves, allow_unused=True, materialize_grads=True)
-    slope = sum(float((g.conj() * d).sum().real) for g, d in zip(gradients, directions, strict=True))
+        leaves = {i: tensors[i].clone().requires_grad_() for i in floating}
+        gradients = torch.autograd.grad(value(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    slope = sum(float((g.conj() * d).sum().real) for g, d in zip(gradients, directions.values(), strict=True))
     eps = torch.finfo(equations.vectorizer.dtype).eps ** (1 / 3)
     with torch.no_grad():
-        ahead = value([t + eps * d for t, d in zip(tensors, directions, strict=True)])
-        behind = value([t - eps * d for t, d in zip(tensors, directions, strict=True)])
+        ahead = value({i: tensors[i] + eps * d for i, d in directions.items()})
+        behind = value({i: tensors[i] - eps * d for i, d in directions.items()})
     measured = float(ahead - behind) / (2 * eps)
     report.gradient_error = abs(slope - measured) / max(abs(measured), abs(slope), eps)
     if not report.gradient_error <= 100 * eps:

@@ -59,14 +59,15 @@ class UnrolledLayer(nn.Module):
         equations = Equations(self.condition, vectorizer, Arguments.of(args, kwargs))
         solution = Solution(None, None)  # type: ignore[arg-type]  # filled in below
         problem = ConditionProblem(equations, self.inner_solver, None, solution)
-        inner = InnerProblem(problem, equations.arguments.tensors, differentiable=torch.is_grad_enabled())
+        differentiable = torch.is_grad_enabled() and self.truncate != 0
+        inner = InnerProblem(problem, equations.arguments.tensors, differentiable=differentiable)
         x0 = vectorizer.ravel(init, "init").detach()
         ended = self.inner_solver.run(inner, x0, self._step(inner, x0))
         norm, status = ended.state.residual_norm.detach(), ended.status
         name = type(self.inner_solver).__name__
         solution.forward = SolveInfo(ended.iterations, norm, status == Status.CONVERGED, status, 0, name)
         report("forward", solution.forward, self.inner_solver.on_failure)
-        solution.value = vectorizer.unravel(ended.state.x)
+        solution.value = vectorizer.unravel(ended.state.x if differentiable else ended.state.x.detach())
         return solution
 
     def _step(self, problem: InnerProblem, x0: Tensor) -> Callable[[Any], Any]:

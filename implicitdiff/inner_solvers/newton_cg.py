@@ -71,7 +71,7 @@ class NewtonCG(InnerSolver):
         cg = CG()
         b = -state.gradient / scale
         hessian = System(problem.hessian(state.x), b)
-        budget = self.cg_iterations or max(20, 2 * b.shape[-1])
+        budget = self.cg_iterations or max(100, 10 * b.shape[-1])
         ended = iterate(
             lambda s: cg.step(hessian, s), cg.start(hessian, b, None), norm.sqrt().clamp(max=0.5), budget
         )

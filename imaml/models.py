@@ -1,0 +1,54 @@
+"""The networks of the paper's experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Sequential):
+    """Fully connected layers of the given ``sizes``, with tanh between them.
+
+    Smooth, as implicit gradients use second derivatives. (batch, sizes[0]) → (batch, sizes[-1]).
+
+    >>> import torch
+    >>> MLP([1, 40, 40, 1])(torch.zeros(7, 1)).shape
+    torch.Size([7, 1])
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        if len(sizes) < 2:
+            raise ValueError(f"sizes is {sizes!r}, but it must name at least the inputs and the outputs.")
+        layers: list[nn.Module] = []
+        for width, following in pairwise(sizes):
+            layers += [nn.Linear(width, following), nn.Tanh()]
+        super().__init__(*layers[:-1])
+
+
+class ConvNet(nn.Module):
+    """The Omniglot network of MAML and iMAML: four strided 3×3 convolutions of 64 filters and a linear head.
+
+    Each is followed by batch norm, on the statistics of the batch at hand, and ReLU; the last feature maps are averaged
+    (Finn et al. 2017, section 5.2; 112 thousand parameters for 5 ways). (batch, channels, 28, 28) → (batch, ways).
+
+    >>> import torch
+    >>> ConvNet(ways=5)(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 5])
+    """
+
+    def __init__(self, ways: int, *, channels: int = 1, filters: int = 64) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for inputs in (channels, filters, filters, filters):
+            blocks += [
+                nn.Conv2d(inputs, filters, 3, stride=2, padding=1),
+                nn.BatchNorm2d(filters, track_running_stats=False),
+                nn.ReLU(),
+            ]
+        self.features = nn.Sequential(*blocks)
+        self.head = nn.Linear(filters, ways)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.features(inputs).mean((-2, -1)))
