@@ -33,6 +33,15 @@ def is_transformed(tensor: Tensor) -> bool:
     return _functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def plain_value(tensor: Tensor) -> Tensor:
+    """The value below all transforms, the dimensions of the vmaps in front, the outermost first."""
+    while is_transformed(tensor):
+        value = _functorch.get_unwrapped(tensor)
+        batched = _functorch.is_batchedtensor(tensor)
+        tensor = value.movedim(_functorch.maybe_get_bdim(tensor), 0) if batched else value
+    return (forward_ad.unpack_dual(tensor).primal if dual_level_is_open() else tensor).detach()
+
+
 def dual_level_is_open() -> bool:
     """Whether a ``forward_ad.dual_level()`` is open around the caller."""
     return forward_ad._current_level >= 0

@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C import _functorch
 from torch.utils import _pytree as pytree
 
 from ._autograd import Implicit
-from ._captures import dual_level_is_open, find_captures, is_transformed, transform_level
+from ._captures import dual_level_is_open, find_captures, plain_value, transform_level
 from ._problem import ConditionProblem, Equations, InnerProblem
 from ._tree import Arguments, Vectorizer
 from .conditions import Condition
@@ -225,7 +223,5 @@ class _UserSolver:
 
 def _plain_sample(tensor: Tensor) -> Tensor:
     """One sample's value of a tensor, below all transforms."""
-    while is_transformed(tensor):
-        value = _functorch.get_unwrapped(tensor)
-        tensor = value.select(_functorch.maybe_get_bdim(tensor), 0) if _functorch.is_batchedtensor(tensor) else value
-    return (forward_ad.unpack_dual(tensor).primal if dual_level_is_open() else tensor).detach()
+    value = plain_value(tensor)
+    return value[(0,) * (value.ndim - tensor.ndim)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ._captures import plain_value
 from ._iteration import select
 from ._problem import ConditionProblem, Equations, InnerProblem
 from ._tree import Arguments, Vectorizer
@@ -63,9 +64,9 @@ class UnrolledLayer(nn.Module):
         inner = InnerProblem(problem, equations.arguments.tensors, differentiable=differentiable)
         x0 = vectorizer.ravel(init, "init").detach()
         ended = self.inner_solver.run(inner, x0, self._step(inner, x0))
-        norm, status = ended.state.residual_norm.detach(), ended.status
-        name = type(self.inner_solver).__name__
-        solution.forward = SolveInfo(ended.iterations, norm, status == Status.CONVERGED, status, 0, name)
+        norm, status = plain_value(ended.state.residual_norm), plain_value(ended.status)
+        iterations, name = plain_value(ended.iterations), type(self.inner_solver).__name__
+        solution.forward = SolveInfo(iterations, norm, status == Status.CONVERGED, status, 0, name)
         report("forward", solution.forward, self.inner_solver.on_failure)
         solution.value = vectorizer.unravel(ended.state.x if differentiable else ended.state.x.detach())
         return solution

@@ -1,0 +1,55 @@
+"""What a task is, and what a source of tasks is."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Split = Literal["train", "test"]
+"""Tasks to learn from, or tasks of classes and functions that training never shows."""
+
+Examples = tuple[Tensor, Tensor]
+"""(inputs, targets), with a leading dimension for the examples."""
+
+
+class Task(NamedTuple):
+    """One task, or a batch of tasks whose tensors have a leading task dimension.
+
+    >>> one = Task((torch.zeros(5, 1), torch.zeros(5, 1)), (torch.zeros(9, 1), torch.zeros(9, 1)))
+    >>> Task.stack([one, one]).query[0].shape
+    torch.Size([2, 9, 1])
+    """
+
+    support: Examples
+    """What the model is adapted on."""
+    query: Examples
+    """What the adapted model is judged on."""
+
+    @staticmethod
+    def stack(tasks: list[Task]) -> Task:
+        """The tasks as one batch. Raises ValueError for none, or for tasks of unequal shapes."""
+        if not tasks:
+            raise ValueError("there is no task in the list: a batch needs at least one.")
+        shapes = {tuple(tuple(t.shape) for part in task for t in part) for task in tasks}
+        if len(shapes) > 1:
+            raise ValueError(f"tasks of a batch must have equal shapes, but these have {sorted(shapes)}.")
+        parts = [tuple(torch.stack(tensors) for tensors in zip(*part, strict=True)) for part in zip(*tasks, strict=True)]
+        return Task(*parts)  # type: ignore[arg-type]
+
+
+class TaskSource(Protocol):
+    """Draws tasks; the same (split, seed, index) gives the same tasks on every machine and worker."""
+
+    is_classification: bool
+
+    def sample(self, count: int, split: Split, seed: int, index: int) -> Task:
+        """A batch of ``count`` tasks."""
+
+
+def generator_for(split: Split, seed: int, index: int) -> torch.Generator:
+    """A random generator of its own for each (split, seed, index)."""
+    entropy = np.random.SeedSequence((("train", "test").index(split), seed, index))
+    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
