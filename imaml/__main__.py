@@ -1,0 +1,5 @@
+"""``python -m imaml``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,46 @@
+"""Checkpoints that survive a crash: written to a temporary file, synced and renamed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .tasks.omniglot import write_atomically
+
+NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+FORMAT = "imaml checkpoint 1"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message says why and what can be done."""
+
+
+def save(run: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` (tensors, numbers, strings and containers of them); the one before is kept as the previous one."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    current = run / NAME
+    if current.exists():
+        write_atomically(run / PREVIOUS, current.read_bytes())
+    write_atomically(current, buffer.getvalue())
+
+
+def load(run: Path) -> dict[str, Any]:
+    """The state of a run. Raises CheckpointError for a missing, truncated or foreign file."""
+    path = run / NAME
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint in {run}: is it a run folder?")
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged files
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({type(error).__name__}).{_offer(run)}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of imaml.{_offer(run)}")
+    return state
+
+
+def _offer(run: Path) -> str:
+    return f" The one before is {run / PREVIOUS}: rename it to {NAME} to go on from there." if (run / PREVIOUS).exists() else ""
