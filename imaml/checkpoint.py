@@ -36,11 +36,17 @@ def load(run: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({type(error).__name__}).{_offer(run)}") from error
+        raise CheckpointError(
+            f"{path} is damaged or not a checkpoint ({type(error).__name__}).{_offer(run)}"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of imaml.{_offer(run)}")
     return state
 
 
 def _offer(run: Path) -> str:
-    return f" The one before is {run / PREVIOUS}: rename it to {NAME} to go on from there." if (run / PREVIOUS).exists() else ""
+    return (
+        f" The one before is {run / PREVIOUS}: rename it to {NAME} to go on from there."
+        if (run / PREVIOUS).exists()
+        else ""
+    )

@@ -34,7 +34,9 @@ def train(
     tasks: Annotated[Tasks, typer.Argument(help="What to learn from.")],
     algorithm: Annotated[Algorithm, typer.Option(help="How to learn.")] = Algorithm.imaml,
     ways: Annotated[int, typer.Option(min=2, help="Classes of a task.")] = 5,
-    shots: Annotated[int | None, typer.Option(min=1, help="Support examples (per class); 1 for omniglot, else 10.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="Support examples (per class); 1 for omniglot, else 10.")
+    ] = None,
     queries: Annotated[int, typer.Option(min=1, help="Query drawings per class, for omniglot.")] = 5,
     data: Annotated[Path | None, typer.Option(help="Folder of the data, for omniglot.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Meta-steps in all.")] = None,
@@ -47,7 +49,9 @@ def train(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Of Adam, on the meta-parameters.")] = 1e-3,
     inner_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the inner solver.")] = None,
-    inner_stepsize: Annotated[float | None, typer.Option(min=0.0, help="Fixed inner step; imaml: line search without.")] = None,
+    inner_stepsize: Annotated[
+        float | None, typer.Option(min=0.0, help="Fixed inner step; imaml: line search without.")
+    ] = None,
     regularization: Annotated[float, typer.Option(min=0.0, help="λ of imaml.")] = 2.0,
     cg_steps: Annotated[int, typer.Option(min=1, help="CG steps of imaml's linear solve.")] = 5,
     task_chunk: Annotated[int | None, typer.Option(min=1, help="Tasks solved together: less memory.")] = None,

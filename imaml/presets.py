@@ -67,7 +67,9 @@ class Config:
             settings = json.loads(path.read_text())
             return cls(**{**settings, "tasks": Tasks(settings["tasks"]), "algorithm": Algorithm(settings["algorithm"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{run} is not the folder of a run: {path.name} is missing or not readable.") from error
+            raise CheckpointError(
+                f"{run} is not the folder of a run: {path.name} is missing or not readable."
+            ) from error
 
 
 def build_source(config: Config) -> TaskSource:
@@ -99,7 +101,12 @@ def build_learner(config: Config) -> Learner:
         # Failures are not warned of at every step: they stand in the metrics.
         linear = idf.CG(rtol=1e-3, max_iterations=config.cg_steps, on_failure="ignore")
         return IMAML(
-            model, loss, inner_solver=inner, linear_solver=linear, regularization=config.regularization, task_chunk=chunk
+            model,
+            loss,
+            inner_solver=inner,
+            linear_solver=linear,
+            regularization=config.regularization,
+            task_chunk=chunk,
         )
     steps = config.inner_steps or 5
     stepsize = config.inner_stepsize or (0.1 if config.tasks is Tasks.omniglot else 0.01)

@@ -158,7 +158,9 @@ def _restore(learner: Learner, optimizer: torch.optim.Optimizer, run: Path) -> t
 def _cut_metrics(path: Path, step: int) -> None:
     """Drop the lines of steps after the checkpoint, which will be taken again."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        lines = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
         write_atomically(path, "".join(line + "\n" for line in lines).encode())
 
 

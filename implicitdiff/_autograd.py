@@ -76,7 +76,9 @@ class Implicit(torch.autograd.Function):
         if cotangents is None:
             adjoint, point = ctx.problem.linearized(x, g, inputs, adjoint=True)
             u = Implicit.apply(adjoint, None, *point)
-            cotangents = _pull(lambda *chosen: ctx.problem.residual(x, *_replaced(inputs, wanted, chosen)), inputs, wanted, u)
+            cotangents = _pull(
+                lambda *chosen: ctx.problem.residual(x, *_replaced(inputs, wanted, chosen)), inputs, wanted, u
+            )
         return None, None, *_replaced([None] * len(inputs), wanted, [-c for c in cotangents])
 
     @staticmethod

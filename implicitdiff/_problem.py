@@ -42,7 +42,9 @@ class Equations:
         value = self.condition.objective(tree, *args, **kwargs)
         if not isinstance(value, Tensor) or value.numel() != 1:
             given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ImplicitDiffError(f"the objective returned {given}, but it must return a scalar tensor: sum or average.")
+            raise ImplicitDiffError(
+                f"the objective returned {given}, but it must return a scalar tensor: sum or average."
+            )
         return value.reshape(())
 
 
@@ -170,7 +172,9 @@ class InnerProblem:
     def _graph_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient with a graph, for what differentiates through them."""
         if transform_level():
-            gradient, value = torch.func.grad(lambda x: _sum_and_value(self._function(x, *self.inputs)), has_aux=True)(x)
+            gradient, value = torch.func.grad(lambda x: _sum_and_value(self._function(x, *self.inputs)), has_aux=True)(
+                x
+            )
             return value, gradient
         if not x.requires_grad:
             x = x.detach().requires_grad_()

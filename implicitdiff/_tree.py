@@ -38,7 +38,9 @@ class Vectorizer:
         leaves, spec = pytree.tree_flatten(tree)
         for leaf in leaves:
             if not is_differentiable(leaf):
-                given = f"a {leaf.dtype} tensor" if isinstance(leaf, Tensor) else f"{leaf!r} of type {type(leaf).__name__}"
+                given = (
+                    f"a {leaf.dtype} tensor" if isinstance(leaf, Tensor) else f"{leaf!r} of type {type(leaf).__name__}"
+                )
                 raise ImplicitDiffError(
                     f"{what} must be a tree (tensor, dict, list, tuple, namedtuple) of floating-point or complex "
                     f"tensors, but it holds {given}. Pass a tensor such as torch.zeros(n), and move anything that is "

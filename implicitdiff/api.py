@@ -95,7 +95,12 @@ def check_condition(condition: Any) -> Condition:
 
 
 def solve_condition(
-    condition: Condition, inner_solver: Any, linear_solver: Any, init: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    condition: Condition,
+    inner_solver: Any,
+    linear_solver: Any,
+    init: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Solution:
     """The solution of a condition by an inner solver, differentiable in args, kwargs and captured tensors."""
     vectorizer = Vectorizer.of(init, "init")
@@ -181,7 +186,9 @@ class _UserSolver:
         x = x.detach().to(x0)
         return x, reported_at(problem, x, self.name)
 
-    def _per_sample(self, equations: Equations, x0: Tensor, inputs: Sequence[Tensor], levels: Any) -> tuple[Tensor, Any]:
+    def _per_sample(
+        self, equations: Equations, x0: Tensor, inputs: Sequence[Tensor], levels: Any
+    ) -> tuple[Tensor, Any]:
         if not levels:
             args, kwargs = equations.arguments.rebuild([t.detach() for t in inputs])
             init = None if self.init_is_none else equations.vectorizer.unravel(x0)
@@ -189,7 +196,10 @@ class _UserSolver:
             return equations.vectorizer.ravel(x, f"what {self.name} returned"), aux
         parts = [
             self._per_sample(
-                equations, x0[i], [t if d is None else t[i] for t, d in zip(inputs, levels[0], strict=False)], levels[1:]
+                equations,
+                x0[i],
+                [t if d is None else t[i] for t, d in zip(inputs, levels[0], strict=False)],
+                levels[1:],
             )
             for i in range(len(x0))
         ]
@@ -217,7 +227,9 @@ class _UserSolver:
         if not self.has_aux:
             return out, None
         if not isinstance(out, tuple) or len(out) != 2:
-            raise ImplicitDiffError(f"{self.name} has has_aux=True and must return (x, aux), but it returned {type(out).__name__}.")
+            raise ImplicitDiffError(
+                f"{self.name} has has_aux=True and must return (x, aux), but it returned {type(out).__name__}."
+            )
         return out
 
 

@@ -99,7 +99,9 @@ def _check_structure(
     if not float((Av - Atv).norm()) <= 10 * loose * float(Av.norm()):
         report.problems.append(f"structure is {structure!r}, but ∂F/∂x is not symmetric: declare it 'general'")
     elif structure == "positive_definite" and not float(torch.vdot(v, Av).real) > 0:
-        report.problems.append("structure is 'positive_definite', but vᵀ(∂F/∂x)v ≤ 0 for some v: declare it 'symmetric'")
+        report.problems.append(
+            "structure is 'positive_definite', but vᵀ(∂F/∂x)v ≤ 0 for some v: declare it 'symmetric'"
+        )
     report.structure = not report.problems or "structure" not in report.problems[-1]
 
 

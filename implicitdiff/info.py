@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from .errors import ConvergenceError, ConvergenceWarning

@@ -46,7 +46,9 @@ class UnrolledLayer(nn.Module):
                 f"such as GradientDescent(stepsize=0.1)."
             )
         if truncate is not None and (int(truncate) != truncate or truncate < 0):
-            raise ValueError(f"truncate is {truncate!r}, but it must be a whole number of steps of at least 0, or None.")
+            raise ValueError(
+                f"truncate is {truncate!r}, but it must be a whole number of steps of at least 0, or None."
+            )
         self.function, self.condition = objective, Stationary(objective)
         self.inner_solver, self.truncate = inner_solver, truncate
 

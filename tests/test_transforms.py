@@ -220,7 +220,12 @@ def test_backward_and_double_backward_over_vmap(case: Case) -> None:
 def test_gradcheck_in_both_modes_with_batched_gradients(case: Case) -> None:
     leaves = tuple(a.clone().requires_grad_() for a in case.args)
     assert torch.autograd.gradcheck(
-        case.implicit, leaves, check_forward_ad=True, check_batched_grad=True, check_undefined_grad=True, nondet_tol=1e-9
+        case.implicit,
+        leaves,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_undefined_grad=True,
+        nondet_tol=1e-9,
     )
 
 
@@ -238,7 +243,11 @@ def test_systems_of_unequal_conditioning_share_a_batch() -> None:
     Q = torch.linalg.qr(random(20, count, n, n))[0]
     spectra = torch.stack([torch.logspace(0, -k, n, dtype=torch.float64) for k in torch.linspace(0, 6, count)])
     H, c = Q @ torch.diag_embed(spectra) @ Q.mT, random(21, count, n)
-    for linear_solver in (idf.CG(rtol=1e-10, max_iterations=500), idf.MINRES(rtol=1e-10, max_iterations=500), idf.Dense()):
+    for linear_solver in (
+        idf.CG(rtol=1e-10, max_iterations=500),
+        idf.MINRES(rtol=1e-10, max_iterations=500),
+        idf.Dense(),
+    ):
         layer = idf.ArgminLayer(
             lambda x, H, c: 0.5 * x @ (H @ x) - c @ x,
             inner_solver=NewtonCG(tol=1e-10, max_iterations=200),

@@ -58,7 +58,9 @@ class Omniglot:
         for split, characters in splits.items():
             missing = sorted(characters - set(names))
             if missing:
-                raise ValueError(f"{folder} lacks {len(missing)} characters of the {split} split, {missing[0]} for one.")
+                raise ValueError(
+                    f"{folder} lacks {len(missing)} characters of the {split} split, {missing[0]} for one."
+                )
             self._images[split] = images[[names.index(c) for c in sorted(characters)]]
         if ways > len(splits["test"]):
             raise ValueError(f"ways is {ways}, but there are {len(splits['test'])} test characters.")
@@ -88,13 +90,17 @@ def read_splits(folder: Path) -> dict[Split, set[str]]:
     train = _read_split(folder / "vinyals_train.json") | _read_split(folder / "vinyals_val.json")
     test = _read_split(folder / "vinyals_test.json")
     if train & test:
-        raise ValueError(f"{len(train & test)} characters of {folder} are in the train and in the test split: {min(train & test)}.")
+        raise ValueError(
+            f"{len(train & test)} characters of {folder} are in the train and in the test split: {min(train & test)}."
+        )
     return {"train": train, "test": test}
 
 
 def _read_split(path: Path) -> set[str]:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no split file {path}: it lists the characters as part -> alphabet -> characters.")
+        raise FileNotFoundError(
+            f"there is no split file {path}: it lists the characters as part -> alphabet -> characters."
+        )
     try:
         tree = json.loads(path.read_text())
         return {
@@ -117,7 +123,9 @@ def download(folder: Path) -> None:
             with urllib.request.urlopen(f"{SOURCE}/{name}", timeout=60) as response:
                 content = response.read()
         except OSError as error:
-            raise ConnectionError(f"{SOURCE}/{name} could not be fetched: {error}. Put the file into {folder} by hand.") from error
+            raise ConnectionError(
+                f"{SOURCE}/{name} could not be fetched: {error}. Put the file into {folder} by hand."
+            ) from error
         if hashlib.md5(content).hexdigest() != checksum:
             raise ValueError(f"{SOURCE}/{name} is not the official file: its MD5 sum differs from {checksum}.")
         write_atomically(folder / name, content)
@@ -169,7 +177,9 @@ def _source(folder: Path, part: str) -> Path:
     for candidate in (folder / part, folder / f"{part}.zip"):
         if candidate.exists():
             return candidate
-    raise FileNotFoundError(f"{folder} has neither {part}.zip nor a folder {part}: `--download` fetches the official files.")
+    raise FileNotFoundError(
+        f"{folder} has neither {part}.zip nor a folder {part}: `--download` fetches the official files."
+    )
 
 
 def _decode(sources: list[Path]) -> tuple[list[str], Tensor]:

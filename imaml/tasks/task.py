@@ -36,7 +36,9 @@ class Task(NamedTuple):
         shapes = {tuple(tuple(t.shape) for part in task for t in part) for task in tasks}
         if len(shapes) > 1:
             raise ValueError(f"tasks of a batch must have equal shapes, but these have {sorted(shapes)}.")
-        parts = [tuple(torch.stack(tensors) for tensors in zip(*part, strict=True)) for part in zip(*tasks, strict=True)]
+        parts = [
+            tuple(torch.stack(tensors) for tensors in zip(*part, strict=True)) for part in zip(*tasks, strict=True)
+        ]
         return Task(*parts)  # type: ignore[arg-type]
 
 

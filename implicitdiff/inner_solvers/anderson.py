@@ -57,9 +57,7 @@ class Anderson(InnerSolver):
         forget = (norm > 10 * state.residual_norm).reshape(*norm.shape, 1, 1)
         steps = _appended(state.steps, x - state.x)
         changes = _appended(state.changes, residual - state.residual)
-        return AndersonState(
-            x, residual, torch.where(forget, 0, steps), torch.where(forget, 0, changes), norm
-        )
+        return AndersonState(x, residual, torch.where(forget, 0, steps), torch.where(forget, 0, changes), norm)
 
     def _weights(self, changes: Tensor, residual: Tensor) -> Tensor:
         """argmin over w of ‖residual − w · changes‖₂, of shape (*batch, 1, history), by the normal equations.

@@ -72,7 +72,5 @@ class NewtonCG(InnerSolver):
         b = -state.gradient / scale
         hessian = System(problem.hessian(state.x), b)
         budget = self.cg_iterations or max(100, 10 * b.shape[-1])
-        ended = iterate(
-            lambda s: cg.step(hessian, s), cg.start(hessian, b, None), norm.sqrt().clamp(max=0.5), budget
-        )
+        ended = iterate(lambda s: cg.step(hessian, s), cg.start(hessian, b, None), norm.sqrt().clamp(max=0.5), budget)
         return ended.state.x * scale

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -225,15 +225,18 @@ class IterativeLinearSolver(LinearSolver):
         fits = last is not None and last.shape == b.shape and last.dtype == b.dtype and last.device == b.device
         return x0 if x0 is not None else last if fits else None
 
-    def _run(
-        self, A: System, b: Tensor, x: Tensor | None, threshold: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _run(self, A: System, b: Tensor, x: Tensor | None, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Iterate until the *true* residual is small, restarting where the recursive one had drifted from it."""
         budget = self.max_iterations or max(100, 10 * b.shape[-1])
         zero = torch.zeros(b.shape[:-1], dtype=torch.int64, device=b.device)
         done, status, best = zero, zero, None
         while True:
-            ended = iterate(lambda state: self.step(A, state), self.start(A, b, x), threshold, budget - int(done.max()) if done.numel() else 0)
+            ended = iterate(
+                lambda state: self.step(A, state),
+                self.start(A, b, x),
+                threshold,
+                budget - int(done.max()) if done.numel() else 0,
+            )
             done, status = done + ended.iterations, ended.status
             x = self.finish(A, ended.state)
             # Only a claim of success is worth a product; a failure is reported by the recursive residual.
@@ -316,11 +319,15 @@ def _check_system(A: Any, b: Any, x0: Any) -> None:
     if not isinstance(b, Tensor) or not (b.is_floating_point() or b.is_complex()):
         raise TypeError(f"b is {b!r}, but it must be a floating-point or complex tensor of shape (*batch, n).")
     if b.ndim == 0 or b.shape[-1] != A.shape[0]:
-        raise ValueError(f"b has the shape {tuple(b.shape)}, but A has the shape {A.shape}: b must be (*batch, {A.shape[0]}).")
+        raise ValueError(
+            f"b has the shape {tuple(b.shape)}, but A has the shape {A.shape}: b must be (*batch, {A.shape[0]})."
+        )
     if A.dtype is not None and A.dtype != b.dtype:
         raise ValueError(f"A is {A.dtype} and b is {b.dtype}: convert one of them.")
     if torch.broadcast_shapes(A.batch_shape, b.shape[:-1]) != b.shape[:-1]:
-        raise ValueError(f"A has the batch shape {A.batch_shape} and b has {tuple(b.shape[:-1])}: expand b to the batch of A.")
+        raise ValueError(
+            f"A has the batch shape {A.batch_shape} and b has {tuple(b.shape[:-1])}: expand b to the batch of A."
+        )
     if x0 is not None and x0.shape != b.shape:
         raise ValueError(f"x0 has the shape {tuple(x0.shape)}, but it must have the shape of b, {tuple(b.shape)}.")
 

@@ -109,7 +109,9 @@ class GMRES(IterativeLinearSolver):
 
     def _restarted(self, A: System, state: GMRESState) -> GMRESState:
         # The residual of the cycle's end lies in the basis: no product is needed for it.
-        coefficients = state.start_norm.unsqueeze(-1) * state.rotations[..., -1, 0:1] * state.rotations[..., -1, :].conj()
+        coefficients = (
+            state.start_norm.unsqueeze(-1) * state.rotations[..., -1, 0:1] * state.rotations[..., -1, :].conj()
+        )
         r = (state.basis.mT @ coefficients.unsqueeze(-1)).squeeze(-1)
         new = self._cycle(self.finish(A, state), r)
         stalled = state.residual_norm >= (1 - 1e-6) * state.start_norm

@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install demo test test-slow lint types docs bench clean
+
+install: $(VENV)/installed
+
+# torch comes first and by its version: a range would let the installer take a build with CUDA packages.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+demo: install
+	rm -rf runs/demo
+	$(BIN)/imaml train sinusoids --minutes 1 --out runs/demo
+	$(BIN)/imaml evaluate runs/demo
+	$(BIN)/imaml plot runs/demo
+
+test: lint types
+	$(BIN)/pytest --quiet
+
+test-slow: install
+	$(BIN)/pytest --quiet -m slow
+
+lint: install
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+docs: $(VENV)/installed-docs
+	$(BIN)/sphinx-build --nitpicky --fail-on-warning --quiet docs docs/_build/html
+	@echo "The pages are in docs/_build/html/index.html."
+
+bench: install
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.meta_gradient
+
+clean:
+	rm -rf $(VENV) runs docs/_build
