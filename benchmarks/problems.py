@@ -39,7 +39,7 @@ def logistic(m: int, n: int) -> Workload:
 
 
 def _network(name: str, model: nn.Module, inputs: Tensor, targets: Tensor, loss: Any) -> Workload:
-    """A network pulled towards meta-parameters, as in iMAML: λ = 2 makes the Hessian well conditioned."""
+    """A network pulled towards meta-parameters, as in iMAML, strongly enough (λ = 20) for a definite Hessian."""
     theta = {k: v.detach().clone() for k, v in model.named_parameters()}
     flat = torch.cat([v.reshape(-1) for v in theta.values()]).requires_grad_()
     sizes = [v.numel() for v in theta.values()]
@@ -47,7 +47,7 @@ def _network(name: str, model: nn.Module, inputs: Tensor, targets: Tensor, loss:
     def objective(phi: dict[str, Tensor], flat: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         parts = flat.split(sizes)
         pull = sum(((p.reshape(-1) - t) ** 2).sum() for p, t in zip(phi.values(), parts, strict=True))
-        return loss(functional_call(model, phi, (inputs,)), targets) + pull
+        return loss(functional_call(model, phi, (inputs,)), targets) + 10.0 * pull
 
     return Workload(name, objective, theta, (flat, inputs, targets))
 

@@ -120,8 +120,8 @@ def _pull(function: Any, inputs: Sequence[Tensor], wanted: Sequence[int], u: Ten
 
 def _push(function: Any, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
     """B θ̇ as the derivative of the linear map u ↦ Bᵀ u, so by reverse mode alone: forward mode cannot nest here."""
-    out, pullback = torch.func.vjp(function, *primals)
-    _, pullback_of_pullback = torch.func.vjp(pullback, torch.zeros_like(out))
+    out, pullback = torch.func.vjp(function, *primals)[:2]
+    pullback_of_pullback = torch.func.vjp(pullback, torch.zeros_like(out))[1]
     return pullback_of_pullback(tuple(tangents))[0]
 
 
@@ -136,14 +136,15 @@ def _forward_under_legacy_vmap(problem: Problem, x0: Tensor | None, inputs: Sequ
     """``is_grads_batched`` and ``vectorize=True`` use torch's old vmap, which does not ask for a Function's vmap rule."""
     level = 1  # of the old vmap; it does not nest in torch's own uses
     sizes: set[int] = set()
-    plain, dims = [], []
+    plain: list[Tensor] = []
+    dims: list[int | None] = []
     for tensor in inputs:
         if not _functorch.is_legacy_batchedtensor(tensor):
             plain.append(tensor)
             dims.append(None)
             continue
         # The size is not asked for where the tensor is batched on that level.
-        unwrapped = torch._remove_batch_dim(tensor, level, 1, 0)  # type: ignore[attr-defined]
+        unwrapped = torch._remove_batch_dim(tensor, level, 1, 0)
         if _functorch.is_legacy_batchedtensor(unwrapped):
             raise ImplicitDiffError(
                 "nested is_grads_batched / vectorize=True is not supported: use torch.func.vmap, jacrev or jacfwd."
@@ -152,4 +153,4 @@ def _forward_under_legacy_vmap(problem: Problem, x0: Tensor | None, inputs: Sequ
         dims.append(0)
         sizes.add(unwrapped.shape[0])
     out = _batched_apply(problem, sizes.pop(), [None, *dims], x0, plain)
-    return torch._add_batch_dim(out, 0, level)  # type: ignore[attr-defined]
+    return torch._add_batch_dim(out, 0, level)

@@ -17,6 +17,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as below_transforms
 from torch.overrides import TorchFunctionMode
 
 from ._tree import is_differentiable
@@ -35,11 +36,12 @@ def is_transformed(tensor: Tensor) -> bool:
 
 def plain_value(tensor: Tensor) -> Tensor:
     """The value below all transforms, the dimensions of the vmaps in front, the outermost first."""
-    while is_transformed(tensor):
-        value = _functorch.get_unwrapped(tensor)
-        batched = _functorch.is_batchedtensor(tensor)
-        tensor = value.movedim(_functorch.maybe_get_bdim(tensor), 0) if batched else value
-    return (forward_ad.unpack_dual(tensor).primal if dual_level_is_open() else tensor).detach()
+    with below_transforms():
+        while is_transformed(tensor):
+            value = _functorch.get_unwrapped(tensor)
+            batched = _functorch.is_batchedtensor(tensor)
+            tensor = value.movedim(_functorch.maybe_get_bdim(tensor), 0) if batched else value
+        return (forward_ad.unpack_dual(tensor).primal if dual_level_is_open() else tensor).detach()
 
 
 def dual_level_is_open() -> bool:
@@ -133,7 +135,7 @@ class _Recorder(TorchFunctionMode):
         self.level = transform_level()
         self.captures: dict[int, Tensor] = {}
         self.produced: dict[int, Tensor] = {}
-        self.entry = torch.autograd._get_sequence_nr()
+        self.entry: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
 
     def run(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
         self.given.update((id(t), t) for t in inputs)

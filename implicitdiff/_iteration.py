@@ -11,7 +11,8 @@ from torch import Tensor
 from ._captures import transform_level
 from .info import RUNNING, Status
 
-State = TypeVar("State", bound=NamedTuple)
+State = TypeVar("State", bound=Any)
+"""A NamedTuple of tensors with at least ``x`` and ``residual_norm``."""
 
 
 class Ended(NamedTuple):

@@ -48,19 +48,11 @@ class LinearProblem(Problem):
     serves several right-hand sides."""
 
     def solve(self, x0: Tensor | None, b: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]
-        return self.solution(x0, b, *parameters).value
-
-    def solution(self, x0: Tensor | None, b: Tensor, *parameters: Tensor) -> LinearSolution:
-        """The solution with its report, which is entered into the records."""
         A = self.family.operator(*parameters)
         A = A.T if self.transposed else A
         if any(self.shared):
             A = _SharedOperator(A, self.shared, b.shape)
-        solution: LinearSolution = self.solver.solve(A, b, x0)
-        if self.sink is not None:
-            self.sink.backward = solution.info
-        report(self.kind, solution.info, self.solver.on_failure)
-        return solution
+        return solve_and_report(self.solver, A, b, x0, self.kind, self.sink).value
 
     def residual(self, u: Tensor, b: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]
         def product(v: Tensor) -> Tensor:
@@ -80,6 +72,17 @@ class LinearProblem(Problem):
             return replace(self, shared=(True, *self.shared)), (b, *parameters)
         family, parameters = self.family.batched(size, dims[1:], parameters)
         return replace(self, family=family, shared=(False, *self.shared)), (b, *parameters)
+
+
+def solve_and_report(
+    solver: Any, A: LinearOperator, b: Tensor, x0: Tensor | None, kind: str, sink: Sink | None
+) -> LinearSolution:
+    """A u = b on plain tensors, its report entered into the records and acted on."""
+    solution: LinearSolution = solver.solve(A, b, x0)
+    if sink is not None:
+        sink.backward = solution.info
+    report(kind, solution.info, solver.on_failure)
+    return solution
 
 
 def _over_shared(product: Any, v: Tensor, shared: Sequence[bool]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ._autograd import Problem
 from ._captures import Capture, Substituted, is_transformed, transform_level
 from ._jacobian import JacobianOperator
-from ._linear_problem import LinearProblem
+from ._linear_problem import LinearProblem, solve_and_report
 from ._tree import Arguments, Vectorizer
 from .conditions import Condition, FixedPoint, Stationary
 from .errors import ImplicitDiffError
@@ -84,8 +84,7 @@ class ConditionProblem(Problem):
     def plain_pullback(self, x: Tensor, g: Tensor, inputs: Sequence[Tensor], wanted: Sequence[int]) -> list[Any] | None:
         values = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
         A = InnerProblem(self, values, substituted=bool(self.captures)).jacobian(x)
-        adjoint = LinearProblem(_Known(A), True, self.linear_solver, "backward", self.solution)
-        u = adjoint.solve(None, g)
+        u = solve_and_report(self.linear_solver, A.T, g, None, "backward", self.solution).value
         return A.pull_to([values[i] for i in wanted], u)
 
     def batched(self, size: int, dims: Sequence[int | None], inputs: Sequence[Tensor]) -> tuple[Any, Any]:
@@ -196,30 +195,22 @@ def _sum_and_value(value: Tensor) -> tuple[Tensor, Tensor]:
     return value.sum(), value
 
 
-@dataclass(frozen=True)
-class _Known:
-    """One operator, without parameters."""
-
-    A: LinearOperator
-
-    def operator(self) -> LinearOperator:
-        return self.A
-
-
 class _JacobianFamily:
     """∂F/∂x as a function of its parameters (x, *inputs)."""
 
     def __init__(self, problem: ConditionProblem) -> None:
         self.problem = problem
 
-    def operator(self, x: Tensor, *inputs: Tensor) -> LinearOperator:
+    def operator(self, *parameters: Tensor) -> LinearOperator:
+        x, *inputs = parameters
         return InnerProblem(self.problem, inputs).jacobian(x)
 
-    def product(self, v: Tensor, x: Tensor, *inputs: Tensor, transposed: bool) -> Tensor:
-        residual, pullback = torch.func.vjp(lambda x: self.problem.residual(x, *inputs), x)
+    def product(self, v: Tensor, *parameters: Tensor, transposed: bool) -> Tensor:
+        x, *inputs = parameters
+        residual, pullback = torch.func.vjp(lambda x: self.problem.residual(x, *inputs), x)[:2]
         if transposed or self.problem.equations.condition.structure != "general":
             return pullback(v)[0]
-        _, pullback_of_pullback = torch.func.vjp(lambda u: pullback(u)[0], torch.zeros_like(residual))
+        pullback_of_pullback = torch.func.vjp(lambda u: pullback(u)[0], torch.zeros_like(residual))[1]
         return pullback_of_pullback(v)[0]
 
     def batched(self, size: int, dims: Sequence[int | None], parameters: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:

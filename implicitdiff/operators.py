@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -271,7 +271,7 @@ def _same_n(A: LinearOperator, B: LinearOperator) -> int:
     return A.shape[0]
 
 
-def _common(A: LinearOperator, B: LinearOperator) -> dict[str, object]:
+def _common(A: LinearOperator, B: LinearOperator) -> dict[str, Any]:
     batch_shape = tuple(torch.broadcast_shapes(A.batch_shape, B.batch_shape))
     return {"batch_shape": batch_shape, "dtype": A.dtype or B.dtype, "device": A.device or B.device}
 

@@ -29,7 +29,7 @@ class Anderson(InnerSolver):
     >>> import implicitdiff as idf
     >>> layer = idf.FixedPointLayer(lambda x, t: torch.cos(x) + t, inner_solver=Anderson())
     >>> layer.solve(torch.zeros((), dtype=torch.float64), 0.0).forward.iterations.item()
-    6
+    7
     """
 
     def __init__(

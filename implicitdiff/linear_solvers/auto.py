@@ -40,9 +40,10 @@ class Auto(LinearSolver):
         on_failure: FailurePolicy = "warn",
     ) -> None:
         super().__init__(rtol=rtol, atol=atol, on_failure=on_failure)
-        common = {"rtol": rtol, "atol": atol, "max_iterations": max_iterations}
         self._dense = Dense(rtol=rtol, atol=atol)
-        self._cg, self._minres, self._gmres = CG(**common), MINRES(**common), GMRES(**common)
+        self._cg = CG(rtol=rtol, atol=atol, max_iterations=max_iterations)
+        self._minres = MINRES(rtol=rtol, atol=atol, max_iterations=max_iterations)
+        self._gmres = GMRES(rtol=rtol, atol=atol, max_iterations=max_iterations)
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         n = A.shape[0]

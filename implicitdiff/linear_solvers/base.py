@@ -151,10 +151,11 @@ class IterativeLinearSolver(LinearSolver):
 
     A state is a NamedTuple with at least ``x`` (*batch, n) and ``residual_norm`` (*batch,), the estimated ‖b − A x‖₂:
 
+    >>> from typing import NamedTuple
     >>> class State(NamedTuple):
-    ...     x: Tensor
-    ...     residual: Tensor
-    ...     residual_norm: Tensor
+    ...     x: torch.Tensor
+    ...     residual: torch.Tensor
+    ...     residual_norm: torch.Tensor
     >>> class Richardson(IterativeLinearSolver):
     ...     def start(self, A, b, x0):
     ...         x, r = initial(A, b, x0)
@@ -357,7 +358,8 @@ class _OperatorWithCaptures:
     def find(self, b: Tensor) -> list[Tensor]:
         if not (transform_level() or dual_level_is_open() or torch.is_grad_enabled()):
             return []
-        found, self.captures = find_captures(self.A.matvec, torch.zeros_like(b), [], [self.A])
+        found, captures = find_captures(self.A.matvec, torch.zeros_like(b), [], [self.A])
+        self.captures = tuple(captures)
         return found
 
     def product(self, v: Tensor, *parameters: Tensor, transposed: bool) -> Tensor:

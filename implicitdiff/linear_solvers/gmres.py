@@ -32,7 +32,7 @@ class GMRES(IterativeLinearSolver):
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[1.0, 1.0], [0.0, 2.0]]))
     >>> GMRES()(A, torch.tensor([2.0, 2.0])).value
-    tensor([1., 1.])
+    tensor([1.0000, 1.0000])
     """
 
     def __init__(
