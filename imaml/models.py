@@ -27,6 +27,9 @@ class MLP(nn.Sequential):
         super().__init__(*layers[:-1])
 
 
+FEATURE_SCALE = 3.0
+
+
 class ConvNet(nn.Module):
     """The Omniglot network of MAML and iMAML: four strided 3×3 convolutions of 64 filters and a linear head.
 
@@ -49,6 +52,8 @@ class ConvNet(nn.Module):
             ]
         self.features = nn.Sequential(*blocks)
         self.head = nn.Linear(filters, ways)
+        # The proximal term of iMAML allows small steps only: from larger features they change the prediction more.
+        nn.init.constant_(self.features[-2].weight, FEATURE_SCALE)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.features(inputs).mean((-2, -1)))

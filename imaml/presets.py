@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 import implicitdiff as idf
-from implicitdiff.inner_solvers import GradientDescent
+from implicitdiff.inner_solvers import LBFGS, GradientDescent, InnerSolver
 
 from .checkpoint import CheckpointError
 from .learners import IMAML, MAML, Learner, Reptile
@@ -94,10 +94,12 @@ def build_learner(config: Config) -> Learner:
         model, loss = MLP([1, 40, 40, 1]), nn.functional.mse_loss
     chunk = config.task_chunk
     if config.algorithm is Algorithm.imaml:
-        # The line search follows the curvature of each task: a fixed step diverges once training has raised it.
-        inner = GradientDescent(
-            stepsize=config.inner_stepsize, max_iterations=config.inner_steps or 10, tol=1e-3, on_failure="ignore"
-        )
+        # A fixed step diverges once training has raised the curvature: L-BFGS follows it, task by task.
+        inner: InnerSolver = LBFGS(history=4, max_iterations=config.inner_steps or 8, tol=1e-3, on_failure="ignore")
+        if config.inner_stepsize is not None:
+            inner = GradientDescent(
+                config.inner_stepsize, max_iterations=config.inner_steps or 16, tol=0.0, on_failure="ignore"
+            )
         # Failures are not warned of at every step: they stand in the metrics.
         linear = idf.CG(rtol=1e-3, max_iterations=config.cg_steps, on_failure="ignore")
         return IMAML(

@@ -17,6 +17,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _functorch
+from torch.overrides import handle_torch_function
 
 from ._captures import transform_level
 from ._tree import is_differentiable
@@ -50,8 +51,18 @@ class Problem(ABC):
         """The problem with one more batch dimension in front, and its inputs; ``dims`` says which of them have it."""
 
 
+def solution_of(problem: Problem, x0: Tensor | None, *inputs: Tensor) -> Tensor:
+    """The solution of a problem, differentiable in the inputs.
+
+    An operation like torch's own: modes see it, so that a layer inside the function of another layer is followed.
+    """
+    if torch._C._is_torch_function_mode_enabled():
+        return handle_torch_function(solution_of, inputs, problem, x0, *inputs)
+    return Implicit.apply(problem, x0, *inputs)
+
+
 class Implicit(torch.autograd.Function):
-    """``Implicit.apply(problem, x0, *inputs)`` is the solution, differentiable in the inputs."""
+    """The rule of each transform for the solution of a problem."""
 
     @staticmethod
     def forward(problem: Problem, x0: Tensor | None, *inputs: Tensor) -> Tensor:
@@ -75,7 +86,7 @@ class Implicit(torch.autograd.Function):
             cotangents = ctx.problem.plain_pullback(x, g, inputs, wanted)
         if cotangents is None:
             adjoint, point = ctx.problem.linearized(x, g, inputs, adjoint=True)
-            u = Implicit.apply(adjoint, None, *point)
+            u = solution_of(adjoint, None, *point)
             cotangents = _pull(
                 lambda *chosen: ctx.problem.residual(x, *_replaced(inputs, wanted, chosen)), inputs, wanted, u
             )
@@ -94,7 +105,7 @@ class Implicit(torch.autograd.Function):
                 given,
             )
             tangent, point = ctx.problem.linearized(x, rhs, inputs, adjoint=False)
-            return Implicit.apply(tangent, None, *point)
+            return solution_of(tangent, None, *point)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, problem: Problem, x0: Tensor | None, *inputs: Tensor) -> tuple[Tensor, int]:
@@ -108,7 +119,7 @@ def _batched_apply(
     batched, moved = problem.batched(size, [None if d is None else 0 for d in dims[1:]], moved)
     if x0 is not None:
         x0 = x0.expand(size, *x0.shape) if dims[0] is None else x0.movedim(dims[0], 0)
-    return Implicit.apply(batched, x0, *moved)
+    return solution_of(batched, x0, *moved)
 
 
 def _pull(function: Any, inputs: Sequence[Tensor], wanted: Sequence[int], u: Tensor) -> Sequence[Tensor]:

@@ -103,7 +103,8 @@ def find_captures(
     else:
         with torch.enable_grad():
             out = recorder.run(function, (x, *tensors))
-        recorder.check_all_seen(out)
+        if not torch._C._is_torch_function_mode_enabled():  # a mode around may have put other tensors in
+            recorder.check_all_seen(out)
     found = list(recorder.captures.values())
     owners = _owners(found, roots) if found else {}
     return found, [Capture(weakref.ref(t), owners.get(id(t)), is_dual(t)) for t in found]
@@ -144,7 +145,9 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
+        # Where the graph is off (no_grad, the inside of a custom Function) nothing depends on what is met.
+        followed = self.level or torch.is_grad_enabled()
+        for tensor in _tensors((args, kwargs)) if followed else ():
             if id(tensor) not in self.produced and id(tensor) not in self.given and self._is_capture(tensor):
                 self.captures[id(tensor)] = tensor
         out = func(*args, **kwargs)
@@ -155,13 +158,12 @@ class _Recorder(TorchFunctionMode):
 
     def _is_capture(self, tensor: Tensor) -> bool:
         if is_transformed(tensor):
-            level = _functorch.maybe_get_level(tensor)
-            if level < 0 or level > transform_level():
+            if not _is_live(tensor):
                 raise ImplicitDiffError(
                     "the function uses a tensor of a torch.func transform that has already ended (it leaked out of a "
                     "vmap, grad or jvp through a closure or an attribute). Pass the tensor as an argument instead."
                 )
-            return level <= self.level
+            return _functorch.maybe_get_level(tensor) <= self.level
         if not tensor.requires_grad:
             return is_dual(tensor)
         return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < self.entry
@@ -223,6 +225,13 @@ class _Substitution(TorchFunctionMode):
                 f"when its derivative was taken: the closure, an attribute or a module's parameter was replaced in "
                 f"between, or the function takes another branch. Pass such tensors as arguments of the layer."
             )
+
+
+def _is_live(tensor: Tensor) -> bool:
+    """Whether the transform that wraps a tensor is one of those around the caller."""
+    kinds = {i.level(): i.key() for i in _functorch.get_interpreter_stack() or ()}
+    kind = kinds.get(_functorch.maybe_get_level(tensor))
+    return kind is not None and _functorch.is_batchedtensor(tensor) == (kind == _functorch.TransformType.Vmap)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -88,11 +88,16 @@ def _iterate_many(step: Callable[[State], State], state: State, threshold: Tenso
 
 def select(mask: Tensor, new: State, old: State) -> State:
     """The new state where the mask (*batch,) holds, the old one elsewhere, field by field."""
+    if not any_of(~mask):  # the usual case, and a pass over all memory less
+        return new
     return type(new)(*(_where(mask, n, o) for n, o in zip(new, old, strict=True)))
 
 
 def _where(mask: Tensor, new: Any, old: Any) -> Any:
-    if new is old or not isinstance(new, Tensor):
+    if isinstance(new, tuple):
+        parts = [_where(mask, n, o) for n, o in zip(new, old, strict=True)] if old is not None else new
+        return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
+    if new is old or old is None or not isinstance(new, Tensor):
         return new
     return torch.where(mask.reshape(mask.shape + (1,) * (new.ndim - mask.ndim)), new, old)
 

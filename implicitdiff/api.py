@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._autograd import Implicit
+from ._autograd import solution_of
 from ._captures import below_transforms, dual_level_is_open, find_captures, plain_value, transform_level
 from ._problem import ConditionProblem, Equations, InnerProblem
 from ._tree import Arguments, Vectorizer
@@ -117,20 +117,20 @@ def _differentiable(problem: ConditionProblem, x0: Tensor) -> Tensor:
     if transform_level() or dual_level_is_open():
         # The values are out of reach here: the Function is applied first, and solves where they are plain.
         problem, captured = _with_captures(problem, x0, {})
-        x = Implicit.apply(problem, x0, *tensors, *captured.values())
+        x = solution_of(problem, x0, *tensors, *captured.values())
         seen = len(captured)
         problem, captured = _with_captures(problem, x.detach(), captured)
         if len(captured) == seen:
             return x
         # At the solution the function takes a branch that uses further tensors.
-        return Implicit.apply(replace(problem, inner_solver=None), x.detach(), *tensors, *captured.values())
+        return solution_of(replace(problem, inner_solver=None), x.detach(), *tensors, *captured.values())
     x = _plain_solution(problem, x0, tensors)
     if not torch.is_grad_enabled():
         return x
     problem, captured = _with_captures(problem, x, {})
     if not any(t.requires_grad for t in (*tensors, *captured.values())):
         return x
-    return Implicit.apply(replace(problem, inner_solver=None), x, *tensors, *captured.values())
+    return solution_of(replace(problem, inner_solver=None), x, *tensors, *captured.values())
 
 
 def _plain_solution(problem: ConditionProblem, x0: Tensor, tensors: Sequence[Tensor]) -> Tensor:

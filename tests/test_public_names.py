@@ -52,6 +52,8 @@ def test_every_public_name_is_documented_and_annotated(name: str, thing: Any) ->
         functions += [f for f in own.values() if inspect.isfunction(f)]
     for function in functions:
         assert "return" in function.__annotations__, f"{name}.{function.__name__} does not say what it returns"
-        assert function.__doc__ or function.__name__ in ("start", "step", "solve", "finish", "sample") or any(
-            getattr(getattr(base, function.__name__, None), "__doc__", None) for base in thing.__mro__[1:]
+        assert (
+            function.__doc__
+            or function.__name__ in ("start", "step", "solve", "finish", "sample")
+            or any(getattr(getattr(base, function.__name__, None), "__doc__", None) for base in thing.__mro__[1:])
         ), f"{name}.{function.__name__} has no docstring"

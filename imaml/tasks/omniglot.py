@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import urllib.request
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ class Omniglot:
     val (1,200 characters), each turned by 0°, 90°, 180° or 270° as a class of its own; testing uses the 423 test
     characters as they are. That no character is in both is asserted.
 
-    The decoded images are cached in one file beside the data, or in the user's cache folder where that is read-only.
+    The decoded images are cached in one file in the user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``).
 
     Raises FileNotFoundError and ValueError, which name the file and what is wrong with it.
     """
@@ -144,23 +145,19 @@ def _load(folder: Path) -> tuple[list[str], Tensor]:
     """Names and images, uint8 of shape (characters, 20, 28, 28), decoded or from the cache."""
     sources = [_source(folder, part) for part in PARTS]
     key = [[str(s.name), s.stat().st_size, s.stat().st_mtime_ns] for s in sources]
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "imaml"
-    label = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    places = [folder / f"omniglot_{SIDE}.pt", user_cache / f"omniglot_{SIDE}_{label}.pt"]
-    for place in places:
-        cached = _read_cache(place, key)
-        if cached is not None:
-            return cached
+    caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "imaml"
+    place = caches / f"omniglot_{SIDE}_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.pt"
+    cached = _read_cache(place, key)
+    if cached is not None:
+        return cached
     names, images = _decode(sources)
     buffer = io.BytesIO()
     torch.save({"key": key, "names": names, "images": images}, buffer)
-    for place in places:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(place, buffer.getvalue())
-            break
-        except OSError:  # read-only: the next place, or no cache
-            continue
+    try:
+        caches.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, buffer.getvalue())
+    except OSError as error:  # a cache is a convenience
+        warnings.warn(f"the decoded images could not be cached in {caches}: {error}", stacklevel=2)
     return names, images
 
 

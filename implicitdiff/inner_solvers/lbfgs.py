@@ -13,13 +13,20 @@ from ._line_search import backtrack
 from .base import InnerProblem, InnerSolver
 
 
+class Pair(NamedTuple):
+    """A step, the change of the gradient along it, and their product sᵀy; all zero where the pair is skipped."""
+
+    step: Tensor
+    change: Tensor
+    curvature: Tensor  # (*batch, 1)
+
+
 class LBFGSState(NamedTuple):
     x: Tensor
     value: Tensor
     gradient: Tensor
-    steps: Tensor  # (*batch, history, n), the last one last; zero where there is none yet
-    changes: Tensor  # (*batch, history, n), of the gradient along the steps
-    curvatures: Tensor  # (*batch, history, 1), their products sᵀy; zero where there is none yet
+    pairs: tuple[Pair | None, ...]  # the last one last; None where there is none yet
+    scale: Tensor  # (*batch, 1), the inverse Hessian's scale before the pairs correct it
     residual_norm: Tensor
     status: Tensor
 
@@ -48,9 +55,10 @@ class LBFGS(InnerSolver):
     def start(self, problem: InnerProblem, x0: Tensor) -> LBFGSState:
         value, g = problem.value_and_gradient(x0)
         norm = vector_norm(g)
-        empty = g.new_zeros(*g.shape[:-1], self.history, g.shape[-1])
+        # The first step has unit length at most, as the scale of the objective is not known yet.
+        scale = (1 / torch.where(norm > 0, norm, 1)).clamp(max=1).unsqueeze(-1)
         status = torch.full_like(norm, RUNNING, dtype=torch.int64)
-        return LBFGSState(x0, value, g, empty, empty, empty[..., :1], norm, status)
+        return LBFGSState(x0, value, g, (None,) * self.history, scale, norm, status)
 
     def step(self, problem: InnerProblem, state: LBFGSState) -> LBFGSState:
         direction = -self._inverse_hessian(state)
@@ -58,10 +66,7 @@ class LBFGS(InnerSolver):
         downhill = slope < 0
         direction = torch.where(downhill.unsqueeze(-1), direction, -state.gradient)
         slope = torch.where(downhill, slope, -(state.residual_norm**2))
-        first = state.curvatures[..., -1, 0] == 0
-        norm = torch.where(state.residual_norm > 0, state.residual_norm, 1)
-        length = torch.where(first, 1 / norm.clamp(min=1), torch.ones_like(norm))
-        trial = backtrack(problem, state.x, state.value, slope, direction, length)
+        trial = backtrack(problem, state.x, state.value, slope, direction, torch.ones_like(slope))
         value, g = problem.value_and_gradient(trial.x)
         norm = vector_norm(g)
         stuck = (trial.step == 0) | (trial.by_rounding & (norm >= state.residual_norm))
@@ -69,35 +74,26 @@ class LBFGS(InnerSolver):
 
         s, y = trial.x - state.x, g - state.gradient
         curvature = inner(s, y)
-        keep = curvature > 1e-10 * (vector_norm(s) * vector_norm(y)).unsqueeze(-1)
-        pair = keep.unsqueeze(-1)
-        return LBFGSState(
-            trial.x,
-            value,
-            g,
-            torch.where(pair, _appended(state.steps, s), state.steps),
-            torch.where(pair, _appended(state.changes, y), state.changes),
-            torch.where(pair, _appended(state.curvatures, curvature), state.curvatures),
-            norm,
-            status,
-        )
+        kept = curvature > 1e-10 * (vector_norm(s) * vector_norm(y)).unsqueeze(-1)
+        curvature = torch.where(kept, curvature, 0)
+        scale = torch.where(kept, curvature / torch.where(kept, inner(y, y), 1), state.scale)
+        pairs = (*state.pairs[1:], Pair(s, y, curvature))
+        return LBFGSState(trial.x, value, g, pairs, scale, norm, status)
 
     def _inverse_hessian(self, state: LBFGSState) -> Tensor:
-        """The two-loop recursion applied to the gradient; empty places of the history change nothing."""
+        """The two-loop recursion applied to the gradient; a pair of curvature 0 changes nothing."""
         q, weights = state.gradient, []
-        used = state.curvatures > 0
-        rho = torch.where(used, 1 / torch.where(used, state.curvatures, 1), 0)
-        for i in reversed(range(self.history)):
-            weight = rho[..., i, :] * inner(state.steps[..., i, :], q)
+        pairs = [pair for pair in state.pairs if pair is not None]
+        for pair in reversed(pairs):
+            weight = _over(inner(pair.step, q), pair.curvature)
             weights.append(weight)
-            q = q - weight * state.changes[..., i, :]
-        y = state.changes[..., -1, :]
-        square = inner(y, y)
-        q = q * torch.where(square > 0, state.curvatures[..., -1, :] / torch.where(square > 0, square, 1), 1)
-        for i, weight in enumerate(reversed(weights)):
-            q = q + (weight - rho[..., i, :] * inner(state.changes[..., i, :], q)) * state.steps[..., i, :]
+            q = q - weight * pair.change
+        q = state.scale * q
+        for pair, weight in zip(pairs, reversed(weights), strict=True):
+            q = q + (weight - _over(inner(pair.change, q), pair.curvature)) * pair.step
         return q
 
 
-def _appended(history: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([history[..., 1:, :], new.unsqueeze(-2)], dim=-2)
+def _over(product: Tensor, curvature: Tensor) -> Tensor:
+    used = curvature > 0
+    return torch.where(used, product / torch.where(used, curvature, 1), 0)

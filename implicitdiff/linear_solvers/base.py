@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd import Implicit
+from .._autograd import solution_of
 from .._captures import Capture, Substituted, dual_level_is_open, find_captures, is_transformed, transform_level
 from .._iteration import iterate
 from .._linear_problem import LinearProblem
@@ -84,7 +84,7 @@ class LinearSolver(ABC):
         problem = LinearProblem(family, False, _Keeping(self, kept), "linear")
         followed = transform_level() or dual_level_is_open()
         if followed or (torch.is_grad_enabled() and any(t.requires_grad for t in (b, *captured))):
-            value = Implicit.apply(problem, None if x0 is None else x0.detach(), b, *captured)
+            value = solution_of(problem, None if x0 is None else x0.detach(), b, *captured)
         else:
             value = problem.solve(x0, b, *captured)
         assert kept.info is not None
