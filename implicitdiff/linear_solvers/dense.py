@@ -38,7 +38,7 @@ def _by_structure(matrix: Tensor, b: Tensor, symmetric: bool) -> Tensor:
         return _system_by_system(matrix, b, symmetric)
     if symmetric:
         factor, failed = torch.linalg.cholesky_ex(matrix)
-        if not bool(failed.any()):
+        if not (bool(failed.any()) or _is_singular(factor, power=2)):
             return torch.cholesky_solve(b, factor)
         return _by_eigenvalues(matrix, b)
     factor, pivots, failed = torch.linalg.lu_factor_ex(matrix)
@@ -47,9 +47,9 @@ def _by_structure(matrix: Tensor, b: Tensor, symmetric: bool) -> Tensor:
     return torch.linalg.lu_solve(factor, pivots, b)
 
 
-def _is_singular(factor: Tensor) -> bool:
-    """Whether a pivot of the LU factorisation is lost in rounding."""
-    pivots = factor.diagonal(dim1=-2, dim2=-1).abs()
+def _is_singular(factor: Tensor, power: int = 1) -> bool:
+    """Whether a pivot of a factorisation is lost in rounding; those of Cholesky are the squares of its diagonal."""
+    pivots = factor.diagonal(dim1=-2, dim2=-1).abs() ** power
     smallest = torch.finfo(pivots.dtype).eps * pivots.shape[-1] * pivots.amax(-1)
     return bool((pivots.amin(-1) <= smallest).any())
 
