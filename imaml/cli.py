@@ -50,7 +50,7 @@ def train(
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Of Adam, on the meta-parameters.")] = 1e-3,
     inner_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the inner solver.")] = None,
     inner_stepsize: Annotated[
-        float | None, typer.Option(min=0.0, help="Fixed inner step; imaml without it: L-BFGS.")
+        float | None, typer.Option(min=0.0, help="Fixed inner step; imaml without it: line search.")
     ] = None,
     regularization: Annotated[float, typer.Option(min=0.0, help="λ of imaml.")] = 2.0,
     cg_steps: Annotated[int, typer.Option(min=1, help="CG steps of imaml's linear solve.")] = 5,

@@ -52,7 +52,11 @@ class ConvNet(nn.Module):
             ]
         self.features = nn.Sequential(*blocks)
         self.head = nn.Linear(filters, ways)
-        # The proximal term of iMAML allows small steps only: from larger features they change the prediction more.
+        # The proximal term of iMAML prefers the shortest way to fit the support set. From a head of zeros and large
+        # features that way leads through the head, towards the class means, which generalises; otherwise through the
+        # first layers, which does not.
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
         nn.init.constant_(self.features[-2].weight, FEATURE_SCALE)
 
     def forward(self, inputs: Tensor) -> Tensor:

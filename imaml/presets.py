@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 import implicitdiff as idf
-from implicitdiff.inner_solvers import LBFGS, GradientDescent, InnerSolver
+from implicitdiff.inner_solvers import GradientDescent
 
 from .checkpoint import CheckpointError
 from .learners import IMAML, MAML, Learner, Reptile
@@ -94,12 +94,10 @@ def build_learner(config: Config) -> Learner:
         model, loss = MLP([1, 40, 40, 1]), nn.functional.mse_loss
     chunk = config.task_chunk
     if config.algorithm is Algorithm.imaml:
-        # A fixed step diverges once training has raised the curvature: L-BFGS follows it, task by task.
-        inner: InnerSolver = LBFGS(history=4, max_iterations=config.inner_steps or 8, tol=1e-3, on_failure="ignore")
-        if config.inner_stepsize is not None:
-            inner = GradientDescent(
-                config.inner_stepsize, max_iterations=config.inner_steps or 16, tol=0.0, on_failure="ignore"
-            )
+        # A fixed step diverges once training has raised the curvature: a line search follows it, task by task.
+        inner = GradientDescent(
+            stepsize=config.inner_stepsize, max_iterations=config.inner_steps or 8, tol=1e-3, on_failure="ignore"
+        )
         # Failures are not warned of at every step: they stand in the metrics.
         linear = idf.CG(rtol=1e-3, max_iterations=config.cg_steps, on_failure="ignore")
         return IMAML(

@@ -17,7 +17,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as below_transforms
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
 from ._tree import is_differentiable
@@ -36,7 +36,7 @@ def is_transformed(tensor: Tensor) -> bool:
 
 def plain_value(tensor: Tensor) -> Tensor:
     """The value below all transforms, the dimensions of the vmaps in front, the outermost first."""
-    with below_transforms():
+    with temporarily_clear_interpreter_stack():
         while is_transformed(tensor):
             value = _functorch.get_unwrapped(tensor)
             batched = _functorch.is_batchedtensor(tensor)

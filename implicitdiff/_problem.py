@@ -156,6 +156,11 @@ class InnerProblem:
 
     def jacobian(self, x: Tensor) -> JacobianOperator:
         """∂F/∂x at x, an operator on (*batch, n) whose products share one graph."""
+        if self._differentiable:
+            raise ImplicitDiffError(
+                "an inner solver that uses problem.hessian or problem.jacobian cannot be unrolled, as its products are "
+                "not followed: unroll a first-order one (GradientDescent, LBFGS, Anderson), or use an implicit layer."
+            )
         operator = JacobianOperator(self.graph_residual, x, check_structure(self._condition.structure))
         operator.of_fixed_point = isinstance(self._condition, FixedPoint)
         return operator

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import _pytree as pytree
 
 from ._autograd import solution_of
-from ._captures import below_transforms, dual_level_is_open, find_captures, plain_value, transform_level
+from ._captures import dual_level_is_open, find_captures, plain_value, transform_level
 from ._problem import ConditionProblem, Equations, InnerProblem
 from ._tree import Arguments, Vectorizer
 from .conditions import Condition
@@ -218,7 +219,7 @@ class _UserSolver:
     def shape_of_solution(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A tree like the solution, found by solving one plain sample."""
         plain_args, plain_kwargs = pytree.tree_map_only(Tensor, _plain_sample, (args, kwargs))
-        with below_transforms(), torch.no_grad():
+        with temporarily_clear_interpreter_stack(), torch.no_grad():
             x, _ = self._call(None, plain_args, plain_kwargs)
         return x
 

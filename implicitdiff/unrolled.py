@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ._captures import plain_value
-from ._iteration import select
+from ._iteration import any_of, select
 from ._problem import ConditionProblem, Equations, InnerProblem
 from ._tree import Arguments, Vectorizer
 from .conditions import Stationary, Tree
@@ -25,7 +25,9 @@ class UnrolledLayer(nn.Module):
     ``truncate=K`` differentiates through the last K steps of each system only: x is detached before them (Shaban et
     al. 2019). Memory grows with the number of steps that are differentiated.
 
-    Raises TypeError for an inner solver that is not an :class:`~implicitdiff.inner_solvers.InnerSolver`.
+    Raises TypeError for an inner solver that is not an :class:`~implicitdiff.inner_solvers.InnerSolver`, and
+    :class:`~implicitdiff.ImplicitDiffError` for one that solves with the Hessian (``NewtonCG``, ``Newton``), whose
+    products are not followed.
 
     >>> from implicitdiff.inner_solvers import GradientDescent
     >>> gd = GradientDescent(stepsize=0.25, max_iterations=3, tol=0.0, on_failure="ignore")
@@ -82,9 +84,10 @@ class UnrolledLayer(nn.Module):
 
         def step(state: Any) -> Any:
             nonlocal count
-            cut = count <= first  # system by system
-            detached = pytree.tree_map_only(Tensor, Tensor.detach, state)
-            state = detached if first.ndim == 0 and bool(cut) else select(cut, detached, state)
+            if any_of(count < first):
+                state = select(count < first, pytree.tree_map_only(Tensor, Tensor.detach, state), state)
+            if any_of(first == count):  # system by system
+                state = select(first == count, self.inner_solver.cut(problem, state), state)
             count += 1
             return self.inner_solver.step(problem, state)
 

@@ -1,8 +1,12 @@
-"""A bank of problems with known answers."""
+"""A bank of problems with known answers: linear systems A x = b, and conditions F(x, θ) = 0 with x and ∂x/∂θ.
+
+All in float64; every answer is a closed form or was chosen first, so that nothing here comes out of a solver.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,60 +16,211 @@ from implicitdiff.operators import DenseOperator, Structure
 
 
 def random(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers, the same in every run."""
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def vector(*entries: float) -> Tensor:
+    return torch.tensor(entries, dtype=torch.float64)
+
+
+def orthogonal(seed: int, *shape: int) -> Tensor:
+    """Orthogonal matrices of shape (*batch, n, n)."""
+    return torch.linalg.qr(random(seed, *shape))[0]
 
 
 def rotated(eigenvalues: Tensor, seed: int = 0) -> Tensor:
     """A symmetric matrix with the given eigenvalues, (*batch, n) → (*batch, n, n)."""
-    Q = torch.linalg.qr(random(seed, *eigenvalues.shape, eigenvalues.shape[-1]))[0]
+    Q = orthogonal(seed, *eigenvalues.shape, eigenvalues.shape[-1])
     A = Q @ torch.diag_embed(eigenvalues) @ Q.mT
     return (A + A.mT) / 2
 
 
+def with_singular_values(values: Tensor, seed: int = 0) -> Tensor:
+    """A nonsymmetric matrix with the given singular values, (*batch, n) → (*batch, n, n)."""
+    shape = (*values.shape, values.shape[-1])
+    return orthogonal(seed, *shape) @ torch.diag_embed(values) @ orthogonal(seed + 1, *shape)
+
+
+def spread(condition_number: float, n: int) -> Tensor:
+    """n eigenvalues from 1 to the condition number, evenly on a logarithmic scale."""
+    return torch.logspace(0, math.log10(condition_number), n, dtype=torch.float64)
+
+
 def second_difference(n: int) -> Tensor:
-    """tridiag(−1, 2, −1)"""
+    """T = tridiag(−1, 2, −1), with eigenvalues 2 − 2 cos(kπ/(n+1))."""
     return 2 * torch.eye(n, dtype=torch.float64) - sum(
         torch.diag(torch.ones(n - 1, dtype=torch.float64), k) for k in (-1, 1)
     )
 
 
+# ---------------------------------------------------------------------------------------------- linear systems
+
+
 @dataclass(frozen=True)
 class System:
+    """A x = b. Of a singular system, x is the solution of minimum norm and ``condition`` that of its range."""
+
     name: str
     matrix: Tensor
+    x: Tensor
     b: Tensor
+    condition: float
     structure: Structure
 
     def operator(self, dtype: torch.dtype = torch.float64) -> DenseOperator:
         return DenseOperator(self.matrix.to(dtype), self.structure)
 
 
-def systems() -> list[System]:
-    log = lambda low, high, n: torch.logspace(low, high, n, dtype=torch.float64)  # noqa: E731
-    repeated = torch.tensor([1.0] * 10 + [2.0] * 5 + [30.0], dtype=torch.float64)
-    indefinite = torch.cat([-log(0, 1, 10), log(0, 1, 20)])
-    T = second_difference(50)
-    ones = torch.ones(50, dtype=torch.float64)
-    poisson = torch.arange(1, 101, dtype=torch.float64)
-    assert torch.equal(second_difference(100) @ (poisson * (101 - poisson) / 2), torch.ones(100, dtype=torch.float64))
-    singular = rotated(torch.cat([torch.zeros(3, dtype=torch.float64), log(0, 1, 12)]), 5)
+def _poisson() -> System:
+    i = torch.arange(1, 101, dtype=torch.float64)
+    return System(
+        "Poisson",
+        second_difference(100),
+        i * (101 - i) / 2,
+        torch.ones_like(i),
+        1 / math.tan(math.pi / 202) ** 2,
+        "positive_definite",
+    )
+
+
+def _indefinite_tridiagonal() -> System:
+    """T² − √3·I, n = 50, b = 1: T's eigenvectors are sines, so x is a sine series."""
+    n = 50
+    T, b = second_difference(n), torch.ones(n, dtype=torch.float64)
+    k = torch.arange(1, n + 1, dtype=torch.float64)
+    sines = math.sqrt(2 / (n + 1)) * torch.sin(k.unsqueeze(-1) * k * math.pi / (n + 1))
+    eigenvalues = (2 - 2 * torch.cos(k * math.pi / (n + 1))) ** 2 - math.sqrt(3)
+    condition = float(eigenvalues.abs().max() / eigenvalues.abs().min())
+    A = T @ T - math.sqrt(3) * torch.eye(n, dtype=torch.float64)
+    return System("T² − √3·I", A, sines @ (sines @ b / eigenvalues), b, condition, "symmetric")
+
+
+def _systems() -> list[System]:
+    def chosen(name: str, A: Tensor, condition: float, structure: Structure, seed: int) -> System:
+        x = random(seed, A.shape[-1])
+        return System(name, A, x, A @ x, condition, structure)
+
+    eye = torch.eye(12, dtype=torch.float64)
+    n0 = torch.zeros(0, dtype=torch.float64)
+    clusters = torch.cat([vector(1.0).expand(10), vector(2.0).expand(5), vector(30.0), 5 + 1e-9 * spread(10, 4)])
+    singular = rotated(torch.cat([vector(0, 0, 0), spread(10, 12)]), 5)
+    in_range = singular @ random(8, 15)
+    general = with_singular_values(1 + torch.linspace(0, 1, 30, dtype=torch.float64), 9) * 0.3
+    general = general + torch.eye(30, dtype=torch.float64)
+    contraction = eye - 0.3 * with_singular_values(torch.linspace(0.1, 1, 12, dtype=torch.float64), 11)
     return [
-        System("definite", rotated(log(0, 2, 30), 1), random(2, 30), "positive_definite"),
-        System("repeated eigenvalues", rotated(repeated, 3), random(4, 16), "positive_definite"),
-        System("poisson", second_difference(100), torch.ones(100, dtype=torch.float64), "positive_definite"),
-        System(
-            "scalar",
-            torch.tensor([[3.0]], dtype=torch.float64),
-            torch.tensor([6.0], dtype=torch.float64),
-            "positive_definite",
-        ),
-        System("indefinite", rotated(indefinite, 6), random(7, 30), "symmetric"),
-        System("T² − √3 I", T @ T - math.sqrt(3) * torch.eye(50, dtype=torch.float64), ones, "symmetric"),
-        System("singular, consistent", singular, singular @ random(8, 15), "symmetric"),
-        System("general", torch.eye(30, dtype=torch.float64) + 0.1 * random(9, 30, 30), random(10, 30), "general"),
-        System("contraction", torch.eye(12, dtype=torch.float64) - 0.1 * random(11, 12, 12), random(12, 12), "general"),
-        System("cyclic shift", torch.eye(12, dtype=torch.float64).roll(1, 0), random(13, 12), "general"),
+        chosen("definite", rotated(spread(100, 30), 1), 100, "positive_definite", 2),
+        chosen("clustered", rotated(clusters, 3), 30, "positive_definite", 4),
+        _poisson(),
+        System("scalar", vector(3).unsqueeze(-1), vector(2), vector(6), 1, "positive_definite"),
+        System("empty", torch.zeros(0, 0, dtype=torch.float64), n0, n0, 1, "positive_definite"),
+        chosen("indefinite", rotated(torch.cat([-spread(10, 10), spread(10, 20)]), 6), 10, "symmetric", 7),
+        _indefinite_tridiagonal(),
+        System("singular", singular, in_range, singular @ in_range, 10, "symmetric"),
+        chosen("general", general, 4, "general", 10),
+        chosen("contraction", contraction, 2, "general", 12),
+        chosen("cyclic shift", eye.roll(1, 0), 1, "general", 13),
     ]
 
 
-SYSTEMS = {system.name: system for system in systems()}
+SYSTEMS = {system.name: system for system in _systems()}
+
+
+# ------------------------------------------------------------------------------------- conditions F(x, θ) = 0
+
+
+@dataclass(frozen=True)
+class Known:
+    """A condition, a parameter, the solution there and its Jacobian, of shape (n, number of parameters)."""
+
+    name: str
+    residual: Callable[[Tensor, Tensor], Tensor]
+    theta: Tensor
+    x: Tensor
+    jacobian: Tensor
+    structure: Structure
+
+
+def _ridge() -> Known:
+    X, y, penalty = random(20, 12, 5), random(21, 12), vector(0.5, 1, 2, 4, 8)
+    inverse = torch.linalg.inv(X.mT @ X + torch.diag(penalty))
+    w = inverse @ X.mT @ y
+    return Known(
+        "ridge",
+        lambda w, penalty: X.mT @ (X @ w - y) + penalty * w,
+        penalty,
+        w,
+        -inverse @ torch.diag(w),
+        "positive_definite",
+    )
+
+
+def _lasso() -> Known:
+    """The data are made for a chosen solution: y with Xᵀ(y − Xw) = λs, s = sign(w) on the support, |s| < 1 off it."""
+    X, w, s, penalty = random(22, 12, 5), vector(1, 0, -2, 0, 0.5), vector(1, 0.3, -1, -0.6, 1), vector(0.7)
+    G, S = X.mT @ X, vector(1, 0, 1, 0, 1).bool()
+    y = X @ w + X @ torch.linalg.inv(G) @ (penalty * s)
+    step = 1 / torch.linalg.eigvalsh(G).max()
+    jacobian = torch.zeros(5, 1, dtype=torch.float64)
+    jacobian[S, 0] = -torch.linalg.inv(G[S][:, S]) @ s[S]
+
+    def residual(w: Tensor, penalty: Tensor) -> Tensor:
+        v = w - step * (X.mT @ (X @ w - y))
+        return w - torch.sign(v) * torch.relu(v.abs() - step * penalty)
+
+    return Known("lasso", residual, penalty, w, jacobian, "general")
+
+
+def _equality_constrained() -> Known:
+    """min ½xᵀQx + cᵀx with x₁ + x₂ = 1 in (x, ν); its KKT matrix is indefinite; θ = c."""
+    K = torch.tensor([[4.0, 1, 1], [1, 2, 1], [1, 1, 0]], dtype=torch.float64)
+
+    def residual(z: Tensor, c: Tensor) -> Tensor:
+        return K @ z + torch.cat([c, vector(-1)])
+
+    jacobian = torch.tensor([[-0.25, 0.25], [0.25, -0.25], [-0.25, -0.75]], dtype=torch.float64)
+    return Known("equality QP", residual, vector(1, 1), vector(0.25, 0.75, -2.75), jacobian, "symmetric")
+
+
+def _imaml() -> Known:
+    """The inner problem of implicit MAML on a quadratic loss: Lemma 1, ∂φ/∂θ = (I + H/λ)⁻¹."""
+    H, a, theta, penalty = rotated(spread(50, 4), 23), random(24, 4), random(25, 4), 2.0
+    jacobian = torch.linalg.inv(torch.eye(4, dtype=torch.float64) + H / penalty)
+    return Known(
+        "iMAML",
+        lambda phi, theta: H @ (phi - a) + penalty * (phi - theta),
+        theta,
+        a + jacobian @ (theta - a),
+        jacobian,
+        "positive_definite",
+    )
+
+
+def _known() -> list[Known]:
+    cosine = 0.7390851332151607  # x = cos x
+    return [
+        Known(
+            "square root",
+            lambda x, y: x * x - y,
+            vector(4, 9),
+            vector(2, 3),
+            torch.diag(vector(1 / 4, 1 / 6)),
+            "positive_definite",
+        ),
+        Known(
+            "x = cos x + θ",
+            lambda x, theta: x - torch.cos(x) - theta,
+            vector(0),
+            vector(cosine),
+            vector(1 / (1 + math.sin(cosine))).unsqueeze(-1),
+            "general",
+        ),
+        _ridge(),
+        _lasso(),
+        _equality_constrained(),
+        _imaml(),
+    ]
+
+
+KNOWN = {problem.name: problem for problem in _known()}

@@ -8,12 +8,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .._iteration import iterate
 from ..errors import ImplicitDiffError
 from ..info import FailurePolicy, SolveInfo, Status
 from ..linear_solvers.base import check_max_iterations, check_not_negative, check_policy, vector_norm
 from ..operators import LinearOperator
+
+AT_X = ("value", "gradient", "residual", "residual_norm")
+"""The fields of a state that are functions of x (:meth:`InnerSolver.cut`)."""
 
 
 class InnerProblem(Protocol):
@@ -42,7 +46,8 @@ class InnerSolver(ABC):
     """Finds x with F(x, *args) = 0, on plain tensors of shape (*batch, n), each system with its own stopping.
 
     A subclass writes ``start(problem, x0)`` and ``step(problem, state)``; a state is a NamedTuple with at least ``x``
-    and ``residual_norm``, the ‖F(x)‖₂ of each system. Steps written with torch operations can be unrolled too
+    and ``residual_norm``, the ‖F(x)‖₂ of each system; what else it knows of the problem at x is called ``value``,
+    ``gradient`` or ``residual``. Steps written with torch operations can be unrolled too
     (:class:`implicitdiff.UnrolledLayer`).
 
     Settings common to all:
@@ -87,6 +92,11 @@ class InnerSolver(ABC):
         state = self.start(problem, x0)
         return iterate(step, state, self._threshold(state.residual_norm.detach()), self.max_iterations)
 
+    def cut(self, problem: InnerProblem, state: Any) -> Any:
+        """The state as a constant, but for what it holds of the problem at x: where a truncated unrolling begins."""
+        constant = pytree.tree_map_only(Tensor, Tensor.detach, state)
+        return _renewed(constant, self.start(problem, constant.x))
+
     def __call__(self, problem: InnerProblem, x0: Tensor) -> Tensor:
         return self.solve(problem, x0)[0]
 
@@ -98,6 +108,15 @@ class InnerSolver(ABC):
     def __repr__(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
         return f"{type(self).__name__}({settings})"
+
+
+def _renewed(state: Any, fresh: Any) -> Any:
+    """The state with the values of the problem at x taken from a fresh one."""
+    fields = {}
+    for name in state._fields:
+        old, new = getattr(state, name), getattr(fresh, name)
+        fields[name] = new if name in AT_X else _renewed(old, new) if hasattr(old, "_fields") else old
+    return state._replace(**fields)
 
 
 class CallableInnerSolver:

@@ -7,20 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..info import RUNNING, FailurePolicy, Status
-from ..linear_solvers.base import check_not_negative, vector_norm
-from ._line_search import backtrack
+from ..info import FailurePolicy
+from ..linear_solvers.base import check_not_negative
+from ._line_search import Iterate, advance, first_iterate
 from .base import InnerProblem, InnerSolver
 
 
 class GradientDescentState(NamedTuple):
     x: Tensor
-    value: Tensor
-    gradient: Tensor
-    velocity: Tensor
-    step: Tensor  # (*batch,)
     residual_norm: Tensor
     status: Tensor
+    here: Iterate
+    velocity: Tensor
 
 
 class GradientDescent(InnerSolver):
@@ -58,28 +56,20 @@ class GradientDescent(InnerSolver):
         self.stepsize, self.momentum, self.nesterov = stepsize, momentum, nesterov
 
     def start(self, problem: InnerProblem, x0: Tensor) -> GradientDescentState:
-        value, g = problem.value_and_gradient(x0)
-        norm = vector_norm(g)
-        # A first trial step of unit length, as the scale of the objective is not known yet.
-        step = 1 / torch.where(norm > 0, norm, 1).detach()
-        status = torch.full_like(norm, RUNNING, dtype=torch.int64)
-        return GradientDescentState(x0, value, g, torch.zeros_like(g), step, norm, status)
+        return self._state(first_iterate(problem, x0), torch.zeros_like(x0))
 
     def step(self, problem: InnerProblem, state: GradientDescentState) -> GradientDescentState:
+        here = state.here
         if self.stepsize is None:
-            return self._search(problem, state)
-        velocity = self.momentum * state.velocity + state.gradient if self.momentum else state.gradient
-        direction = state.gradient + self.momentum * velocity if self.nesterov else velocity
-        x = state.x - self.stepsize * direction
-        value, g = problem.value_and_gradient(x)
-        return state._replace(x=x, value=value, gradient=g, velocity=velocity, residual_norm=vector_norm(g))
+            # At first a step of unit length, as the scale of the objective is not known yet.
+            norm = here.residual_norm.detach()
+            first = (state.velocity == 0).all(-1)
+            length = torch.where(first, 1 / torch.where(norm > 0, norm, 1), 2 * here.step)
+            return self._state(advance(problem, here, -here.gradient, length), here.gradient)
+        velocity = self.momentum * state.velocity + here.gradient if self.momentum else here.gradient
+        direction = here.gradient + self.momentum * velocity if self.nesterov else velocity
+        return self._state(first_iterate(problem, here.x - self.stepsize * direction), velocity)
 
-    def _search(self, problem: InnerProblem, state: GradientDescentState) -> GradientDescentState:
-        slope = -(state.residual_norm**2)
-        trial = backtrack(problem, state.x, state.value, slope, -state.gradient, 2 * state.step)
-        value, g = problem.value_and_gradient(trial.x)
-        norm = vector_norm(g)
-        stuck = (trial.step == 0) | (trial.by_rounding & (norm >= state.residual_norm))
-        status = torch.where(stuck, int(Status.STAGNATED), state.status)
-        step = torch.where(trial.step > 0, trial.step, state.step)
-        return GradientDescentState(trial.x, value, g, state.velocity, step, norm, status)
+    @staticmethod
+    def _state(here: Iterate, velocity: Tensor) -> GradientDescentState:
+        return GradientDescentState(here.x, here.residual_norm, here.progress.status, here, velocity)

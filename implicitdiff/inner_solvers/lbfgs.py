@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..info import RUNNING, FailurePolicy, Status
+from ..info import FailurePolicy
 from ..linear_solvers.base import check_max_iterations, inner, vector_norm
-from ._line_search import backtrack
+from ._line_search import Iterate, advance, first_iterate
 from .base import InnerProblem, InnerSolver
 
 
@@ -23,12 +23,11 @@ class Pair(NamedTuple):
 
 class LBFGSState(NamedTuple):
     x: Tensor
-    value: Tensor
-    gradient: Tensor
-    pairs: tuple[Pair | None, ...]  # the last one last; None where there is none yet
-    scale: Tensor  # (*batch, 1), the inverse Hessian's scale before the pairs correct it
     residual_norm: Tensor
     status: Tensor
+    here: Iterate
+    pairs: tuple[Pair | None, ...]  # the last one last; None where there is none yet
+    scale: Tensor  # (*batch, 1), the inverse Hessian's scale before the pairs correct it
 
 
 class LBFGS(InnerSolver):
@@ -53,36 +52,26 @@ class LBFGS(InnerSolver):
         self.history = history
 
     def start(self, problem: InnerProblem, x0: Tensor) -> LBFGSState:
-        value, g = problem.value_and_gradient(x0)
-        norm = vector_norm(g)
+        here = first_iterate(problem, x0)
+        norm = here.residual_norm.detach()
         # The first step has unit length at most, as the scale of the objective is not known yet.
         scale = (1 / torch.where(norm > 0, norm, 1)).clamp(max=1).unsqueeze(-1)
-        status = torch.full_like(norm, RUNNING, dtype=torch.int64)
-        return LBFGSState(x0, value, g, (None,) * self.history, scale, norm, status)
+        return LBFGSState(x0, here.residual_norm, here.progress.status, here, (None,) * self.history, scale)
 
     def step(self, problem: InnerProblem, state: LBFGSState) -> LBFGSState:
-        direction = -self._inverse_hessian(state)
-        slope = inner(direction, state.gradient).squeeze(-1)
-        downhill = slope < 0
-        direction = torch.where(downhill.unsqueeze(-1), direction, -state.gradient)
-        slope = torch.where(downhill, slope, -(state.residual_norm**2))
-        trial = backtrack(problem, state.x, state.value, slope, direction, torch.ones_like(slope))
-        value, g = problem.value_and_gradient(trial.x)
-        norm = vector_norm(g)
-        stuck = (trial.step == 0) | (trial.by_rounding & (norm >= state.residual_norm))
-        status = torch.where(stuck, int(Status.STAGNATED), state.status)
-
-        s, y = trial.x - state.x, g - state.gradient
+        here = state.here
+        there = advance(problem, here, -self._inverse_hessian(state), torch.ones_like(here.step))
+        s, y = there.x - here.x, there.gradient - here.gradient
         curvature = inner(s, y)
         kept = curvature > 1e-10 * (vector_norm(s) * vector_norm(y)).unsqueeze(-1)
         curvature = torch.where(kept, curvature, 0)
         scale = torch.where(kept, curvature / torch.where(kept, inner(y, y), 1), state.scale)
         pairs = (*state.pairs[1:], Pair(s, y, curvature))
-        return LBFGSState(trial.x, value, g, pairs, scale, norm, status)
+        return LBFGSState(there.x, there.residual_norm, there.progress.status, there, pairs, scale)
 
     def _inverse_hessian(self, state: LBFGSState) -> Tensor:
         """The two-loop recursion applied to the gradient; a pair of curvature 0 changes nothing."""
-        q, weights = state.gradient, []
+        q, weights = state.here.gradient, []
         pairs = [pair for pair in state.pairs if pair is not None]
         for pair in reversed(pairs):
             weight = _over(inner(pair.step, q), pair.curvature)

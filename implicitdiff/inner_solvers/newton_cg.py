@@ -8,19 +8,18 @@ import torch
 from torch import Tensor
 
 from .._iteration import iterate
-from ..info import RUNNING, FailurePolicy, Status
-from ..linear_solvers.base import System, check_max_iterations, inner, vector_norm
+from ..info import FailurePolicy
+from ..linear_solvers.base import System, check_max_iterations
 from ..linear_solvers.cg import CG
-from ._line_search import backtrack
+from ._line_search import Iterate, advance, first_iterate
 from .base import InnerProblem, InnerSolver
 
 
 class NewtonCGState(NamedTuple):
     x: Tensor
-    value: Tensor
-    gradient: Tensor
     residual_norm: Tensor
     status: Tensor
+    here: Iterate
 
 
 class NewtonCG(InnerSolver):
@@ -48,29 +47,22 @@ class NewtonCG(InnerSolver):
         self.cg_iterations = check_max_iterations(cg_iterations)
 
     def start(self, problem: InnerProblem, x0: Tensor) -> NewtonCGState:
-        value, g = problem.value_and_gradient(x0)
-        norm = vector_norm(g)
-        return NewtonCGState(x0, value, g, norm, torch.full_like(norm, RUNNING, dtype=torch.int64))
+        return self._state(first_iterate(problem, x0))
 
     def step(self, problem: InnerProblem, state: NewtonCGState) -> NewtonCGState:
-        direction = self._direction(problem, state)
-        slope = inner(direction, state.gradient).squeeze(-1)
-        downhill = slope < 0
-        direction = torch.where(downhill.unsqueeze(-1), direction, -state.gradient)
-        slope = torch.where(downhill, slope, -(state.residual_norm**2))
-        trial = backtrack(problem, state.x, state.value, slope, direction, torch.ones_like(slope))
-        value, g = problem.value_and_gradient(trial.x)
-        norm = vector_norm(g)
-        stuck = (trial.step == 0) | (trial.by_rounding & (norm >= state.residual_norm))
-        status = torch.where(stuck, int(Status.STAGNATED), state.status)
-        return NewtonCGState(trial.x, value, g, norm, status)
+        direction = self._direction(problem, state.here)
+        return self._state(advance(problem, state.here, direction, torch.ones_like(state.here.step)))
 
-    def _direction(self, problem: InnerProblem, state: NewtonCGState) -> Tensor:
-        norm = state.residual_norm.detach()
+    @staticmethod
+    def _state(here: Iterate) -> NewtonCGState:
+        return NewtonCGState(here.x, here.residual_norm, here.progress.status, here)
+
+    def _direction(self, problem: InnerProblem, here: Iterate) -> Tensor:
+        norm = here.residual_norm.detach()
         scale = torch.where((norm > 0) & norm.isfinite(), norm, 1).unsqueeze(-1)
-        cg = CG()
-        b = -state.gradient / scale
-        hessian = System(problem.hessian(state.x), b)
+        cg, b = CG(), -here.gradient / scale
+        hessian = System(problem.hessian(here.x), b)
         budget = self.cg_iterations or max(100, 10 * b.shape[-1])
-        ended = iterate(lambda s: cg.step(hessian, s), cg.start(hessian, b, None), norm.sqrt().clamp(max=0.5), budget)
+        forcing = norm.sqrt().clamp(max=0.5)
+        ended = iterate(lambda state: cg.step(hessian, state), cg.start(hessian, b, None), forcing, budget)
         return ended.state.x * scale

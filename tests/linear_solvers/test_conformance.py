@@ -186,7 +186,7 @@ def test_cg_says_indefinite_and_auto_goes_on_with_minres() -> None:
 
 
 def test_auto_chooses_by_structure_and_size() -> None:
-    I = torch.eye(80, dtype=torch.float64)  # noqa: E741
+    I = torch.eye(80, dtype=torch.float64)
     b = random(1, 80)
     assert "CG" in idf.Auto()(DenseOperator(2 * I, "positive_definite"), b).info.method
     assert "GMRES" in idf.Auto()(DenseOperator(2 * I), b).info.method
@@ -310,7 +310,7 @@ def test_bad_settings_are_named(make: Callable[[], object], error: type[Exceptio
 
 def test_neumann_sums_exactly_its_terms() -> None:
     A, b = SYSTEMS["contraction"].matrix, SYSTEMS["contraction"].b
-    I, want, power = torch.eye(12, dtype=torch.float64), torch.zeros_like(b), b  # noqa: E741
+    I, want, power = torch.eye(12, dtype=torch.float64), torch.zeros_like(b), b
     for _ in range(7):
         want, power = want + 0.9 * power, (I - 0.9 * A) @ power
     got = idf.Neumann(terms=7, scale=0.9, on_failure="ignore")(DenseOperator(A), b)
