@@ -19,7 +19,7 @@ class CheckpointError(Exception):
 
 
 def save(run: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors, numbers, strings and containers of them); the one before is kept as the previous one."""
+    """Write ``state`` (tensors, numbers, strings and containers of them), keeping the checkpoint before it."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     current = run / NAME

@@ -105,8 +105,8 @@ class Learner(nn.Module):
 class IMAML(Learner):
     """Implicit MAML (Rajeswaran et al. 2019, Algorithms 1 and 2).
 
-    φ(θ) minimises G(φ) = loss(model(x; φ), y) + ½ Σ λ (φ − θ)² (Eq. 4); its derivative is (I + ∇²L/λ)⁻¹ (Lemma 1), so the
-    meta-gradient takes one linear solve per task and no memory for the inner steps.
+    φ(θ) minimises G(φ) = loss(model(x; φ), y) + ½ Σ λ (φ − θ)² (Eq. 4); its derivative is (I + ∇²L/λ)⁻¹ (Lemma 1), so
+    the meta-gradient takes one linear solve per task and no memory for the inner steps.
 
     * ``inner_solver``, ``linear_solver``: as in :class:`implicitdiff.ArgminLayer`;
     * ``regularization``: λ > 0, a number, a tensor or ``nn.Parameter`` (then it gets a gradient, is learned), or a dict
@@ -135,7 +135,7 @@ class IMAML(Learner):
         per_parameter = isinstance(regularization, dict)
         if per_parameter and regularization.keys() != names:
             raise ValueError(
-                f"regularization has the names {sorted(regularization)}, but the model's parameters are {sorted(names)}."
+                f"regularization has the names {sorted(regularization)}, but the parameters are {sorted(names)}."
             )
         given = regularization if per_parameter else {"": regularization}
         for name, value in given.items():

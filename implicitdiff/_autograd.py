@@ -144,7 +144,7 @@ def _replaced(inputs: Sequence[Any], places: Sequence[int], values: Sequence[Any
 
 
 def _forward_under_legacy_vmap(problem: Problem, x0: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
-    """``is_grads_batched`` and ``vectorize=True`` use torch's old vmap, which does not ask for a Function's vmap rule."""
+    """``is_grads_batched`` and ``vectorize=True`` use torch's old vmap, which asks for no vmap rule of a Function."""
     level = 1  # of the old vmap; it does not nest in torch's own uses
     sizes: set[int] = set()
     plain: list[Tensor] = []

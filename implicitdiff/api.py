@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 
 from ._autograd import solution_of
@@ -104,6 +105,11 @@ def solve_condition(
     kwargs: dict[str, Any],
 ) -> Solution:
     """The solution of a condition by an inner solver, differentiable in args, kwargs and captured tensors."""
+    if get_proxy_mode() is not None:
+        raise ImplicitDiffError(
+            "the layer is being traced (torch.func.linearize, make_fx): a solver's control flow depends on values that "
+            "a trace does not have. Use torch.func.jvp or jacfwd in place of linearize."
+        )
     vectorizer = Vectorizer.of(init, "init")
     equations = Equations(condition, vectorizer, Arguments.of(args, kwargs))
     solution = Solution(None, None)  # type: ignore[arg-type]  # filled in below

@@ -79,13 +79,20 @@ def check(layer: Callable[..., Any], init: Any, *args: Any, **kwargs: Any) -> Ch
 def _check_determinism(report: CheckReport, problem: InnerProblem, x: Tensor, loose: float) -> None:
     first, second = problem.residual(x), problem.residual(x)
     # At the solution the residual is near 0: what counts is the difference beside that of a neighbouring point.
-    scale = float((problem.residual(x + loose * (1 + x.abs())) - first).norm())
+    scale = float((_seeded(problem, x + loose * (1 + x.abs())) - _seeded(problem, x)).norm())
     if not float((second - first).norm()) <= max(0.1 * scale, torch.finfo(x.dtype).tiny):
         report.deterministic = False
         report.problems.append(
             "two evaluations of the condition differ: is there dropout or another random operation in it? Put modules "
             "into eval mode, or draw the random numbers outside and pass them as an argument"
         )
+
+
+def _seeded(problem: InnerProblem, x: Tensor) -> Tensor:
+    """The residual with the same random numbers each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return problem.residual(x)
 
 
 def _check_structure(

@@ -68,7 +68,8 @@ class Stationary:
 
     Its structure is "symmetric": a stationary point need not be a minimum.
 
-    >>> Stationary(lambda x, y: (x**2).sum() - (x * y).sum()).residual(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0]))
+    >>> condition = Stationary(lambda x, y: (x**2).sum() - (x * y).sum())
+    >>> condition.residual(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0]))
     tensor([0., 2.])
     """
 

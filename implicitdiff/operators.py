@@ -66,7 +66,8 @@ class LinearOperator(ABC):
     def __call__(self, v: Tensor) -> Tensor:
         if v.shape[-1:] != (self.shape[1],):
             raise ValueError(
-                f"an operator of shape {self.shape} met a vector of shape {tuple(v.shape)}: its last dimension must be {self.shape[1]}."
+                f"an operator of shape {self.shape} met a vector of shape {tuple(v.shape)}: "
+                f"its last dimension must be {self.shape[1]}."
             )
         return self.matvec(v)
 

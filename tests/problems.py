@@ -103,7 +103,7 @@ def _systems() -> list[System]:
 
     eye = torch.eye(12, dtype=torch.float64)
     n0 = torch.zeros(0, dtype=torch.float64)
-    clusters = torch.cat([vector(1.0).expand(10), vector(2.0).expand(5), vector(30.0), 5 + 1e-9 * spread(10, 4)])
+    clusters = torch.cat([vector(1.0).expand(10), vector(2.0).expand(5), vector(10.0), 5 + 1e-9 * spread(10, 4)])
     singular = rotated(torch.cat([vector(0, 0, 0), spread(10, 12)]), 5)
     in_range = singular @ random(8, 15)
     general = with_singular_values(1 + torch.linspace(0, 1, 30, dtype=torch.float64), 9) * 0.3
@@ -111,7 +111,7 @@ def _systems() -> list[System]:
     contraction = eye - 0.3 * with_singular_values(torch.linspace(0.1, 1, 12, dtype=torch.float64), 11)
     return [
         chosen("definite", rotated(spread(100, 30), 1), 100, "positive_definite", 2),
-        chosen("clustered", rotated(clusters, 3), 30, "positive_definite", 4),
+        chosen("clustered", rotated(clusters, 3), 10, "positive_definite", 4),
         _poisson(),
         System("scalar", vector(3).unsqueeze(-1), vector(2), vector(6), 1, "positive_definite"),
         System("empty", torch.zeros(0, 0, dtype=torch.float64), n0, n0, 1, "positive_definite"),

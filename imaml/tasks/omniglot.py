@@ -87,7 +87,7 @@ class Omniglot:
 
 
 def read_splits(folder: Path) -> dict[Split, set[str]]:
-    """The characters of the train (train + val) and test split, as "part/Alphabet/characterNN"; asserts disjointness."""
+    """The characters of the train (train + val) and test split, as "part/Alphabet/characterNN", found disjoint."""
     train = _read_split(folder / "vinyals_train.json") | _read_split(folder / "vinyals_val.json")
     test = _read_split(folder / "vinyals_test.json")
     if train & test:
@@ -110,7 +110,7 @@ def _read_split(path: Path) -> set[str]:
             for alphabet, characters in alphabets.items()
             for character in characters
         }
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:  # ValueError: not JSON, or not even text
         raise ValueError(f"{path} is not a split file (part -> alphabet -> characters): {error}.") from error
 
 
@@ -134,17 +134,20 @@ def download(folder: Path) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """The whole file or nothing, also when the machine stops in between."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        # An ordinary file in a private folder: it gets the user's permissions, and goes with the folder on failure.
+        written = Path(folder) / path.name
+        with written.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(written, path)
 
 
 def _load(folder: Path) -> tuple[list[str], Tensor]:
     """Names and images, uint8 of shape (characters, 20, 28, 28), decoded or from the cache."""
     sources = [_source(folder, part) for part in PARTS]
-    key = [[str(s.name), s.stat().st_size, s.stat().st_mtime_ns] for s in sources]
+    key = [_fingerprint(source) for source in sources]
     caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "imaml"
     place = caches / f"omniglot_{SIDE}_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.pt"
     cached = _read_cache(place, key)
@@ -168,6 +171,12 @@ def _read_cache(place: Path, key: list[list[object]]) -> tuple[list[str], Tensor
         return (cached["names"], cached["images"]) if cached["key"] == key else None
     except Exception:  # whatever is wrong with a cache, the data is the remedy
         return None
+
+
+def _fingerprint(source: Path) -> list[object]:
+    """What changes when the drawings do. A folder's own size and time do not show what is in its subfolders."""
+    stats = [path.stat() for path in (source.rglob("*.png") if source.is_dir() else [source])]
+    return [source.name, len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
 
 
 def _source(folder: Path, part: str) -> Path:
