@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict, replace
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -21,16 +24,21 @@ app = typer.Typer(
 )
 
 EVALUATION_SEED = 2_000_003
-USER_ERRORS = (checkpoint.CheckpointError, FileNotFoundError, ValueError, ConnectionError)
+USER_ERRORS = (checkpoint.CheckpointError, OSError, ValueError)
 
 
 def main() -> None:
     """The entry point; what a user can mend is one line, not a traceback."""
-    app()
+    try:
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except typer.TyperException as error:  # a bad option, which typer would frame over several lines
+        typer.echo(f"imaml: {' '.join(error.format_message().split())}", err=True)
+        sys.exit(2)
 
 
 @app.command()
 def train(
+    context: typer.Context,
     tasks: Annotated[Tasks, typer.Argument(help="What to learn from.")],
     algorithm: Annotated[Algorithm, typer.Option(help="How to learn.")] = Algorithm.imaml,
     ways: Annotated[int, typer.Option(min=2, help="Classes of a task.")] = 5,
@@ -80,7 +88,7 @@ def train(
     )
     try:
         if resume:
-            config = Config.read(run)
+            config = _resumed(run, config, context)
         elif run.exists() and any(run.iterdir()):
             _refuse(f"{run} is not empty: choose another --out, or --resume to go on with it.")
         if download and config.data is not None:
@@ -132,6 +140,22 @@ def plot(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
             typer.echo(plots.sinusoid_adaptation(learner, source, run, EVALUATION_SEED))
     except USER_ERRORS as error:
         _refuse(str(error))
+
+
+def _resumed(run: Path, asked: Config, context: typer.Context) -> Config:
+    """The settings of a run. Raises ValueError where the command line asks for others; only the data may have moved."""
+    stored = Config.read(run)
+    sources = {name: context.get_parameter_source(name) for name in asdict(asked)}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    for name in sorted(given - {"data"}):
+        was, now = (_plain(getattr(config, name)) for config in (stored, asked))
+        if was != now:
+            raise ValueError(f"{run} was begun with {name} {was}, not {now}: leave it out, or choose another --out.")
+    return replace(stored, data=asked.data) if "data" in given else stored
+
+
+def _plain(setting: object) -> object:
+    return setting.value if isinstance(setting, Enum) else setting
 
 
 def _build(config: Config) -> tuple[TaskSource, Learner]:

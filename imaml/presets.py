@@ -109,7 +109,8 @@ def build_learner(config: Config) -> Learner:
             task_chunk=chunk,
         )
     steps = config.inner_steps or 5
-    stepsize = config.inner_stepsize or (0.1 if config.tasks is Tasks.omniglot else 0.01)
+    usual = 0.1 if config.tasks is Tasks.omniglot else 0.01
+    stepsize = usual if config.inner_stepsize is None else config.inner_stepsize
     if config.algorithm is Algorithm.reptile:
         return Reptile(model, loss, steps=steps, stepsize=stepsize, task_chunk=chunk)
     first_order = config.algorithm is Algorithm.fomaml

@@ -68,7 +68,7 @@ def train(
     with (
         _stop_on_signal() as stopped,
         _progress(steps, minutes) as progress,
-        SummaryWriter(str(run / "tensorboard"), purge_step=step) as board,
+        SummaryWriter(str(run / "tensorboard"), purge_step=step + 1) as board,
         (run / "metrics.jsonl").open("a") as metrics,
     ):
         bar = progress.add_task("training", total=1.0, numbers="")

@@ -28,14 +28,13 @@ def refused(*arguments: object) -> str:
         (["train", "chess", "--steps", "1"], "'chess' is not one of"),
         (["train", "sinusoids", "--steps", "1", "--ways", "1"], "--ways"),
         (["train", "sinusoids", "--step", "1"], "--step"),
-        (["train", "sinusoids", "--steps", "many"], "many"),
-        (["train"], "TASKS"),
+        (["train", "sinusoids", "--steps", "many"], "--steps"),
+        (["train"], "tasks"),
         (["learn"], "learn"),
     ],
-    ids=" ".join,
 )
 def test_a_bad_option_is_one_line(arguments: list[str], words: str) -> None:
-    assert words.lower() in refused(*arguments).lower()
+    assert words in refused(*arguments)
 
 
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -53,5 +52,5 @@ def test_a_run_does_not_go_on_with_other_settings(tmp_path: Path) -> None:
     run("train", "linear", "--algorithm", "fomaml", "--steps", 1, "--seed", 3, "--out", tmp_path / "r")
     again = ["--resume", "--steps", 2, "--out", tmp_path / "r"]
     assert "sinusoids" in refused("train", "sinusoids", *again)
-    assert "--seed" in refused("train", "linear", "--seed", 4, *again)
+    assert "seed 3, not 4" in refused("train", "linear", "--seed", 4, *again)
     run("train", "linear", "--algorithm", "fomaml", "--seed", 3, *again)  # the same ones may be repeated

@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from imaml import checkpoint
-from imaml.learners import MetaLoss
+from imaml.learners import MAML, MetaLoss
+from imaml.models import MLP
 from imaml.tasks import Sinusoids, Task
 from imaml.tasks.task import Split
 from imaml.training import evaluate
@@ -69,10 +70,7 @@ def test_the_interval_is_that_of_the_mean_over_tasks() -> None:
 
 
 def test_evaluation_of_regression_is_the_query_loss_and_changes_nothing() -> None:
-    import imaml
-    from imaml.models import MLP
-
-    learner = imaml.MAML(MLP([1, 4, 1]), nn.functional.mse_loss, steps=1, stepsize=0.01)
+    learner = MAML(MLP([1, 4, 1]), nn.functional.mse_loss, steps=1, stepsize=0.01)
     before, random = {k: v.clone() for k, v in learner.state_dict().items()}, torch.get_rng_state()
     source = Sinusoids(shots=5)
     mean, half = evaluate(learner, source, 20, 3)

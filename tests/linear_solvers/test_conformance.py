@@ -170,6 +170,18 @@ def test_a_singular_system_without_solution_breaks_down(name: str, eigenvalues: 
     torch.testing.assert_close(float(solution.info.residual_norm), unreachable)
 
 
+def test_a_system_that_is_singular_up_to_rounding_is_reported_by_all() -> None:
+    """Rotated, its zero eigenvalue is 1e-16; Dense gives the least-squares solution of minimum norm."""
+    A, b = rotated(vector(0, 1, 2, 3), 2), random(3, 4)
+    for name in ("CG", "MINRES", "GMRES", "GMRES(5)", "Dense", "Auto"):
+        solution = SOLVERS[name].make(on_failure="ignore")(DenseOperator(A, "symmetric"), b)
+        assert not bool(solution.info.converged), name
+        assert int(solution.info.status) != Status.CONVERGED
+    for structure in ("symmetric", "general"):
+        x = idf.Dense(on_failure="ignore")(DenseOperator(A, structure), b).value
+        torch.testing.assert_close(x, torch.linalg.pinv(A, hermitian=True) @ b, rtol=1e-9, atol=1e-12)
+
+
 def test_what_rounding_leaves_is_not_called_singular() -> None:
     """Poisson in float32 beyond its accuracy: no solver may claim it, nor may Dense blame the matrix."""
     s = SYSTEMS["Poisson"]

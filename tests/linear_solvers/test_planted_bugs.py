@@ -53,7 +53,8 @@ class MeanResidual(idf.CG):
 
     def step(self, A: Any, state: Any) -> Any:
         new = super().step(A, state)
-        return new._replace(residual_norm=torch.linalg.vector_norm(new.residual, dim=-1).mean().expand(new.x.shape[:-1]))
+        norm = new.residual.norm(dim=-1)
+        return new._replace(residual_norm=norm.mean().expand(norm.shape))
 
 
 class AbsoluteTolerance(idf.CG):
@@ -73,7 +74,7 @@ class FrozenAtNegativeCurvature(idf.CG):
 
 
 def never_claims_falsely(make: Maker, system: System) -> None:
-    check_never_claims_falsely(make, system, torch.float64, 1e-9)
+    check_never_claims_falsely(make, system, torch.float64, 1e-2)
 
 
 def takes_cgs_iterations(make: Maker, system: System) -> None:
@@ -90,12 +91,12 @@ BUGS: list[tuple[type[idf.CG], Callable[..., None], str]] = [
     (OldResidualInDirection, takes_cgs_iterations, "definite"),
     (MeanResidual, stops_per_system, "definite"),
     (AbsoluteTolerance, check_scales, "definite"),
+    (AbsoluteTolerance, never_claims_falsely, "definite"),
     (FrozenAtNegativeCurvature, check_solves, "indefinite"),
 ]
 CLAIMS_FALSELY = [
     (IterateBeforeLast, "definite"),
-    (MeanResidual, "Poisson"),
-    (AbsoluteTolerance, "definite"),
+    (MeanResidual, "definite"),
     (FrozenAtNegativeCurvature, "indefinite"),
 ]
 FAILED = (AssertionError, idf.ConvergenceError)
