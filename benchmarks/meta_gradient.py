@@ -87,10 +87,13 @@ def peak(function: Any) -> int:
 
 def main() -> None:
     batch = tasks()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {TASKS} tasks, 16 inner steps, 5 CG steps")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; {TASKS} tasks, 16 inner steps, 5 CG steps",
+        flush=True,
+    )
     chunks = (1, 4, None)
     times: dict[int | None, list[float]] = {c: [] for c in chunks}
-    for repeat in range(6):
+    for repeat in range(4):
         for chunk in chunks:
             took = seconds(chunk, batch)
             if repeat:  # the first round warms up
@@ -100,7 +103,9 @@ def main() -> None:
         memory = peak(lambda chunk=chunk: learner(task_chunk=chunk).meta_loss(batch).backward())
         label = "all tasks together" if chunk is None else "one by one" if chunk == 1 else f"task_chunk={chunk}"
         took = statistics.median(times[chunk])
-        print(f"{label:20} {took:6.2f} s  {took / base:5.2f} of one by one   peak {memory / 2**20:7.1f} MiB")
+        print(
+            f"{label:20} {took:6.2f} s  {took / base:5.2f} of one by one   peak {memory / 2**20:7.1f} MiB", flush=True
+        )
 
     one = Task(*(tuple(t[:1] for t in part) for part in batch))
     model, loss = ConvNet(ways=5), nn.functional.cross_entropy

@@ -66,10 +66,10 @@ def measure(work: Workload, linear_solver: idf.LinearSolver, repeats: int = 15) 
 
 def main() -> None:
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, CG to a relative residual of 1e-5")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CG to a relative residual of 1e-6")
     print(f"{'workload':26} {'products':>8} {'backward':>10} {'bare':>10} {'ratio':>6}")
     for work in workloads():
-        ours, floor, products = measure(work, idf.CG(rtol=1e-5, max_iterations=1000))
+        ours, floor, products = measure(work, idf.CG(rtol=1e-6, max_iterations=1000))
         print(f"{work.name:26} {products:8d} {1e3 * ours:8.2f}ms {1e3 * floor:8.2f}ms {ours / floor:6.2f}")
 
 

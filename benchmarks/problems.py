@@ -24,22 +24,22 @@ class Workload:
 
 
 def logistic(m: int, n: int) -> Workload:
-    """Logistic regression with one penalty per weight, at a point that a few gradient steps away from zero."""
+    """Logistic regression with one penalty per weight, near zero, in double precision."""
     generator = torch.Generator().manual_seed(0)
-    X = torch.randn(m, n, generator=generator)
-    y = (X @ torch.randn(n, generator=generator) > 0).to(X.dtype)
-    log_penalties = torch.full((n,), -3.0, requires_grad=True)
+    X = torch.randn(m, n, dtype=torch.float64, generator=generator)
+    y = (X @ torch.randn(n, dtype=X.dtype, generator=generator) > 0).to(X.dtype)
+    log_penalties = torch.full((n,), -7.0, dtype=torch.float64, requires_grad=True)
 
     def objective(w: Tensor, log_penalties: Tensor, X: Tensor, y: Tensor) -> Tensor:
         loss = nn.functional.binary_cross_entropy_with_logits(X @ w, y)
         return loss + 0.5 * (log_penalties.exp() * w * w).sum()
 
-    w = 0.1 * torch.randn(n, generator=generator)
+    w = 0.1 * torch.randn(n, dtype=X.dtype, generator=generator)
     return Workload(f"logistic ({m}, {n})", objective, w, (log_penalties, X, y))
 
 
-def _network(name: str, model: nn.Module, inputs: Tensor, targets: Tensor, loss: Any) -> Workload:
-    """A network pulled towards meta-parameters, as in iMAML, strongly enough (λ = 20) for a definite Hessian."""
+def _network(name: str, model: nn.Module, inputs: Tensor, targets: Tensor, loss: Any, strength: float) -> Workload:
+    """A network pulled towards meta-parameters, as in iMAML, with the strength λ that makes its Hessian definite."""
     theta = {k: v.detach().clone() for k, v in model.named_parameters()}
     flat = torch.cat([v.reshape(-1) for v in theta.values()]).requires_grad_()
     sizes = [v.numel() for v in theta.values()]
@@ -47,7 +47,7 @@ def _network(name: str, model: nn.Module, inputs: Tensor, targets: Tensor, loss:
     def objective(phi: dict[str, Tensor], flat: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         parts = flat.split(sizes)
         pull = sum(((p.reshape(-1) - t) ** 2).sum() for p, t in zip(phi.values(), parts, strict=True))
-        return loss(functional_call(model, phi, (inputs,)), targets) + 10.0 * pull
+        return loss(functional_call(model, phi, (inputs,)), targets) + 0.5 * strength * pull
 
     return Workload(name, objective, theta, (flat, inputs, targets))
 
@@ -57,7 +57,7 @@ def mlp() -> Workload:
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     inputs, targets = torch.randn(512, 32, generator=generator), torch.randn(512, 1, generator=generator)
-    return _network("MLP (27k parameters)", MLP([32, 144, 144, 1]), inputs, targets, nn.functional.mse_loss)
+    return _network("MLP (27k parameters)", MLP([32, 144, 144, 1]), inputs, targets, nn.functional.mse_loss, 1.0)
 
 
 def omniglot_network() -> Workload:
@@ -66,7 +66,7 @@ def omniglot_network() -> Workload:
     torch.manual_seed(0)
     inputs = torch.rand(25, 1, 28, 28, generator=generator)
     targets = torch.arange(5).repeat_interleave(5)
-    return _network("Omniglot network (112k)", ConvNet(ways=5), inputs, targets, nn.functional.cross_entropy)
+    return _network("Omniglot network (112k)", ConvNet(ways=5), inputs, targets, nn.functional.cross_entropy, 20.0)
 
 
 def workloads() -> list[Workload]:

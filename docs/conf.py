@@ -33,7 +33,9 @@ copybutton_prompt_is_regexp = True
 
 def _escape_shapes(app, what, name, obj, options, lines) -> None:
     """Shapes such as (*batch, n) are no emphasis."""
-    lines[:] = [line.replace("(*batch", r"(\*batch").replace("(*args", r"(\*args").replace(", *", r", \*") for line in lines]
+    lines[:] = [
+        line.replace("(*batch", r"(\*batch").replace("(*args", r"(\*args").replace(", *", r", \*") for line in lines
+    ]
 
 
 def setup(app) -> None:

@@ -42,7 +42,8 @@ RUNNING = -1
 """Inside the solvers' loops: a system that has not ended yet."""
 
 _REMEDIES = {
-    Status.MAX_ITERATIONS: "raise max_iterations, loosen the tolerance, or use a preconditioner or a better start",
+    Status.MAX_ITERATIONS: "raise max_iterations (terms, for Neumann), loosen the tolerance, "
+    "or use a preconditioner or a better start",
     Status.BREAKDOWN: "the operator may be singular: regularise the problem, or use MINRES, GMRES or Dense()",
     Status.INDEFINITE: "the operator is not positive definite (a saddle point, or too little regularisation?): "
     "use MINRES, Dense() or Auto()",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from numbers import Number
 from typing import Any, Literal
 
 import torch
@@ -75,10 +76,10 @@ class LinearOperator(ABC):
         return _Product(self, other) if isinstance(other, LinearOperator) else self(other)
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
-        return _Sum(self, other)
+        return _Sum(self, other) if isinstance(other, LinearOperator) else NotImplemented
 
     def __mul__(self, factor: float | Tensor) -> LinearOperator:
-        return _Affine(self, factor, 0.0)
+        return _Affine(self, factor, 0.0) if isinstance(factor, (Number, Tensor)) else NotImplemented
 
     __rmul__ = __mul__
 
@@ -98,10 +99,14 @@ class LinearOperator(ABC):
 
     def to_dense(self) -> Tensor:
         """The matrix, of shape (*batch_shape, n, n), by n products unless the operator knows better."""
+        if self.shape[0] == 0:
+            return self._basis().movedim(0, -2)
         return torch.stack([self.matvec(e) for e in self._basis()], dim=-1)
 
     def diagonal(self) -> Tensor:
         """The diagonal, of shape (*batch_shape, n), by n products unless the operator knows better."""
+        if self.shape[0] == 0:
+            return self._basis().sum(0)
         entries = [self.matvec(e)[..., i] for i, e in enumerate(self._basis())]
         return torch.stack(entries, dim=-1)
 
@@ -248,7 +253,9 @@ class _Affine(LinearOperator):
             structure = "symmetric"
         if structure == "symmetric" and (_is_complex(factor) or _is_complex(shift)):
             structure = "general"
-        super().__init__(A.shape[0], structure=structure, batch_shape=A.batch_shape, dtype=A.dtype, device=A.device)
+        shapes = (s.shape for s in (factor, shift) if isinstance(s, Tensor))
+        batch_shape = tuple(torch.broadcast_shapes(A.batch_shape, *shapes))
+        super().__init__(A.shape[0], structure=structure, batch_shape=batch_shape, dtype=A.dtype, device=A.device)
         self.A, self.factor, self.shift_by = A, factor, shift
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -282,7 +289,7 @@ def _column(s: float | Tensor) -> float | Tensor:
 
 
 def _conj(s: float | Tensor) -> float | Tensor:
-    return s.conj() if isinstance(s, (Tensor, complex)) else s
+    return s.conj() if isinstance(s, Tensor) else s.conjugate()
 
 
 def _is_complex(s: float | Tensor) -> bool:

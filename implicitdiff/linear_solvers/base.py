@@ -83,10 +83,12 @@ class LinearSolver(ABC):
         kept = _Kept()
         problem = LinearProblem(family, False, _Keeping(self, kept), "linear")
         followed = transform_level() or dual_level_is_open()
+        x0 = None if x0 is None else x0.detach()
         if followed or (torch.is_grad_enabled() and any(t.requires_grad for t in (b, *captured))):
-            value = solution_of(problem, None if x0 is None else x0.detach(), b, *captured)
+            value = solution_of(problem, x0, b, *captured)
         else:
-            value = problem.solve(x0, b, *captured)
+            with torch.no_grad():
+                value = problem.solve(x0, b, *captured)
         assert kept.info is not None
         return LinearSolution(value, kept.info)
 
@@ -96,13 +98,13 @@ class LinearSolver(ABC):
 
     def _info(self, system: System, b: Tensor, x: Tensor, iterations: Tensor, status: Tensor) -> SolveInfo:
         """The report at x, from the true residual; one that does not hold what was claimed says so."""
-        norm = vector_norm(b)
-        residual = vector_norm(b - system(x))
-        relative = torch.where(norm > 0, residual / torch.where(norm > 0, norm, 1), residual)
+        norm = scaled_norm(b)
+        residual = b - system(x)
+        relative = scaled_norm(residual / torch.where(norm > 0, norm, 1).unsqueeze(-1))
         converged = relative <= self._threshold(norm)
         status = torch.where(converged, int(Status.CONVERGED), status)
         status = torch.where(~converged & (status == Status.CONVERGED), int(Status.STAGNATED), status)
-        status = torch.where(residual.isfinite(), status, int(Status.NON_FINITE))
+        status = torch.where(relative.isfinite(), status, int(Status.NON_FINITE))
         return SolveInfo(iterations, relative, converged, status, system.matvecs, self.name)
 
     def _threshold(self, norm: Tensor) -> Tensor:
@@ -204,42 +206,39 @@ class IterativeLinearSolver(LinearSolver):
         return state.x
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
-        system = System(A, b, None if self.preconditioner is None else self.preconditioner(A))
-        norm = vector_norm(b)
+        system = System(A, b)
+        if self.preconditioner is not None:
+            system.precondition, system.preconditioned = self.preconditioner(system), True
+        norm = scaled_norm(b)
         # Unit norm inside, so that a cotangent of 1e-30 is solved as well as one of 1.
         scale = torch.where((norm > 0) & norm.isfinite(), norm, 1).unsqueeze(-1)
         unit, threshold = b / scale, self._threshold(norm)
-        x0 = self._start_vector(x0, b)
+        x0 = x0 / scale if x0 is not None else self._last_start(b)
         if x0 is not None:  # b = 0 is solved exactly, by 0, whatever the start
-            x0 = torch.where((norm > 0).unsqueeze(-1), x0 / scale, 0)
+            x0 = torch.where((norm > 0).unsqueeze(-1), x0, 0)
         x, iterations, status, residual = self._run(system, unit, x0, threshold)
-        converged = residual <= threshold
-        status = torch.where(converged, int(Status.CONVERGED), status)
         value = x * scale
+        overflown = ~value.isfinite().all(-1)
+        converged = (residual <= threshold) & ~overflown
+        status = torch.where(converged, int(Status.CONVERGED), status)
+        status = torch.where(overflown, int(Status.NON_FINITE), status)
         if self.warm_start:
-            self._last = value.detach().clone()
+            # For b of unit norm: a start of the right size, whatever the next b's. Zero where it would be no help.
+            self._last = torch.where((residual < 1).unsqueeze(-1), x, 0)
         info = SolveInfo(iterations, residual, converged, status, system.matvecs, self.name)
         return LinearSolution(value, info)
 
-    def _start_vector(self, x0: Tensor | None, b: Tensor) -> Tensor | None:
+    def _last_start(self, b: Tensor) -> Tensor | None:
         last = self._last
         fits = last is not None and last.shape == b.shape and last.dtype == b.dtype and last.device == b.device
-        return x0 if x0 is not None else last if fits else None
+        return last if fits else None
 
     def _run(self, A: System, b: Tensor, x: Tensor | None, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Iterate until the *true* residual is small, restarting where the recursive one had drifted from it."""
         budget = self.max_iterations or max(100, 10 * b.shape[-1])
-        zero = torch.zeros(b.shape[:-1], dtype=torch.int64, device=b.device)
-        done, status, best = zero, zero, None
+        ended = iterate(lambda state: self.step(A, state), self.start(A, b, x), threshold, budget)
+        x, done, status, best = self.finish(A, ended.state), ended.iterations, ended.status, None
         while True:
-            ended = iterate(
-                lambda state: self.step(A, state),
-                self.start(A, b, x),
-                threshold,
-                budget - int(done.max()) if done.numel() else 0,
-            )
-            done, status = done + ended.iterations, ended.status
-            x = self.finish(A, ended.state)
             # Only a claim of success is worth a product; a failure is reported by the recursive residual.
             claims = bool((status == Status.CONVERGED).any())
             residual = vector_norm(b - A(x)) if claims else ended.state.residual_norm
@@ -253,10 +252,17 @@ class IterativeLinearSolver(LinearSolver):
             claimed = claimed & residual.isfinite()
             if not bool(claimed.any()):
                 return x, done, status, residual
-            if int(done.max()) >= budget:
+            left = budget - int(done[claimed].max())
+            if left <= 0:
                 status = torch.where(claimed, int(Status.MAX_ITERATIONS), status)
                 return x, done, status, residual
             best = residual
+            # The other systems have ended, well or badly, and stay as they are.
+            limit = torch.where(claimed, threshold, torch.inf)
+            ended = iterate(lambda state: self.step(A, state), self.start(A, b, x), limit, left)
+            x = torch.where(claimed.unsqueeze(-1), self.finish(A, ended.state), x)
+            done = done + torch.where(claimed, ended.iterations, 0)
+            status = torch.where(claimed, ended.status, status)
 
 
 class CallableLinearSolver(LinearSolver):
@@ -302,6 +308,15 @@ def initial(A: System, b: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor]:
     return (torch.zeros_like(b), b) if x0 is None else (x0, b - A(x0))
 
 
+def scaled_norm(v: Tensor) -> Tensor:
+    """The norm where squares may under- or overflow: 1e-30 in float32."""
+    if v.shape[-1] == 0:
+        return vector_norm(v)
+    largest = v.abs().amax(-1)
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1)
+    return scale * vector_norm(v / scale.unsqueeze(-1))
+
+
 def vector_norm(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v, dim=-1)
 
@@ -325,12 +340,19 @@ def _check_system(A: Any, b: Any, x0: Any) -> None:
         )
     if A.dtype is not None and A.dtype != b.dtype:
         raise ValueError(f"A is {A.dtype} and b is {b.dtype}: convert one of them.")
-    if torch.broadcast_shapes(A.batch_shape, b.shape[:-1]) != b.shape[:-1]:
+    if not _broadcasts(A.batch_shape, b.shape[:-1]):
         raise ValueError(
             f"A has the batch shape {A.batch_shape} and b has {tuple(b.shape[:-1])}: expand b to the batch of A."
         )
+    if x0 is not None and not isinstance(x0, Tensor):
+        raise TypeError(f"x0 is a {type(x0).__name__}, but it must be a tensor of the shape of b, {tuple(b.shape)}.")
     if x0 is not None and x0.shape != b.shape:
         raise ValueError(f"x0 has the shape {tuple(x0.shape)}, but it must have the shape of b, {tuple(b.shape)}.")
+
+
+def _broadcasts(shape: tuple[int, ...], to: torch.Size) -> bool:
+    """Whether a shape expands to another."""
+    return len(shape) <= len(to) and all(s in (1, t) for s, t in zip(shape[::-1], to[::-1], strict=False))
 
 
 class _Kept:

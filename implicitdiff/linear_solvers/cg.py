@@ -41,14 +41,13 @@ class CG(IterativeLinearSolver):
     def step(self, A: System, state: CGState) -> CGState:
         Ad = A(state.direction)
         curvature = inner(state.direction, Ad).real
-        ahead = curvature > 0
-        # Frozen, and where the curvature is not positive: a step of length 0 leaves x where it is.
-        alpha = torch.where(ahead, state.rho / torch.where(ahead, curvature, 1), 0)
-        x = state.x + alpha * state.direction
-        r = state.residual - alpha * Ad
+        stopped = curvature <= 0  # not so for a NaN, which goes on into the residual and is found there
+        # A step of length 0 leaves x where it is.
+        alpha = torch.where(stopped, 0, state.rho / curvature)
+        x = torch.addcmul(state.x, alpha, state.direction)
+        r = torch.addcmul(state.residual, alpha, Ad, value=-1)
         z = A.precondition(r)
         rho = inner(r, z)
-        beta = rho / torch.where(state.rho == 0, 1, state.rho)
-        status = torch.where(ahead.squeeze(-1) | curvature.squeeze(-1).isnan(), state.status, int(Status.INDEFINITE))
-        norm = torch.where(curvature.isnan().squeeze(-1), torch.nan, vector_norm(r))
-        return CGState(x, r, z + beta * state.direction, rho, norm, status)
+        direction = torch.addcmul(z, rho / state.rho, state.direction)
+        status = torch.where(stopped.squeeze(-1), int(Status.INDEFINITE), state.status)
+        return CGState(x, r, direction, rho, vector_norm(r), status)

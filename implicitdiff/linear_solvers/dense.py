@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,11 @@ class Dense(LinearSolver):
         matrix = system.to_dense()
         x = _by_structure(matrix, b.unsqueeze(-1), A.is_symmetric).squeeze(-1)
         zero = torch.zeros(b.shape[:-1], dtype=torch.int64, device=b.device)
-        return LinearSolution(x, self._info(system, b, x, zero, zero + int(Status.BREAKDOWN)))
+        info = self._info(system, b, x, zero, zero + int(Status.BREAKDOWN))
+        # A small residual is what rounding leaves; a singular matrix leaves a large one.
+        rounded = (info.status == Status.BREAKDOWN) & (info.residual_norm < torch.finfo(b.dtype).eps ** 0.5)
+        status = torch.where(rounded, int(Status.STAGNATED), info.status)
+        return LinearSolution(x, replace(info, status=status))
 
 
 def _by_structure(matrix: Tensor, b: Tensor, symmetric: bool) -> Tensor:

@@ -85,20 +85,22 @@ class GMRES(IterativeLinearSolver):
         column = (state.rotations @ h.unsqueeze(-1)).squeeze(-1)
         here = column[..., k]
         length = torch.hypot(here.abs(), below)
-        safe = torch.where(length > 0, length, 1)
-        c, s = here / safe, below / safe
+        # A column that depends on the others up to rounding: A is singular there. It is left out: c = 0, s = 1.
+        singular = length <= 4 * torch.finfo(length.dtype).eps * torch.hypot(vector_norm(column), below)
+        safe = torch.where(singular, 1, length)
+        c, s = torch.where(singular, 0, here / safe), torch.where(singular, 1, below / safe)
         upper, lower = state.rotations[..., k, :], state.rotations[..., k + 1, :]
         rotations = state.rotations.clone()
         rotations[..., k, :] = c.conj().unsqueeze(-1) * upper + s.unsqueeze(-1) * lower
         rotations[..., k + 1, :] = -s.unsqueeze(-1) * upper + c.unsqueeze(-1) * lower
         triangle = state.triangle.clone()
         triangle[..., :k, k] = column[..., :k]
-        triangle[..., k, k] = torch.where(length > 0, length, 1)
+        triangle[..., k, k] = safe
 
         basis = state.basis.clone() if state.basis.ndim > 2 else state.basis  # frozen systems keep theirs
         basis[..., k + 1, :] = w / torch.where(below > 0, below, 1).unsqueeze(-1)
         norm = state.start_norm * rotations[..., k + 1, 0].abs()
-        status = torch.where((length == 0) & (norm > 0), int(Status.BREAKDOWN), state.status)
+        status = torch.where(singular, int(Status.BREAKDOWN), state.status)
         norm = torch.where(below.isfinite(), norm, torch.nan)
         state = GMRESState(
             state.x, norm, status, basis, triangle, rotations, state.start_norm, torch.full_like(status, k + 1), k + 1

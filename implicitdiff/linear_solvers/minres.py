@@ -69,13 +69,17 @@ class MINRES(IterativeLinearSolver):
         gbar = state.s * state.dbar - state.c * alpha
         epsilon, dbar = state.s * beta, -state.c * beta
         gamma = torch.hypot(gbar, beta)
-        c, s = _over(gbar, gamma), _over(beta, gamma)
+        # A column that is zero up to rounding: A is singular and nothing is left to gain. No step: c = 0, s = 1.
+        size = alpha.abs() + beta + torch.where(state.beta_before > 0, state.beta, 0)
+        singular = gamma <= 4 * torch.finfo(gamma.dtype).eps * size
+        c = torch.where(singular, 0, _over(gbar, gamma))
+        s = torch.where(singular, 1, _over(beta, gamma))
         phi, phibar = c * state.phibar, s * state.phibar
 
         w = _over(v - state.epsilon * state.w_before - delta * state.w, gamma)
         x = state.x + phi * w
         r = s * s * state.residual - _over(phibar * c, beta) * p
-        broken = (square < 0) | (gamma == 0)
+        broken = (square < 0) | singular
         status = torch.where(broken.squeeze(-1), int(Status.BREAKDOWN), state.status)
         return MINRESState(
             x, r, vector_norm(r), status, state.last, p, y, state.beta, beta, dbar, epsilon, phibar, c, s, w, state.w

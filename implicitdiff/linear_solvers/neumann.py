@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..info import FailurePolicy, LinearSolution, Status
 from ..operators import LinearOperator
-from .base import LinearSolver, System, check_max_iterations, vector_norm
+from .base import LinearSolver, System, check_max_iterations, scaled_norm, vector_norm
 
 POWER_ITERATIONS = 8
 
@@ -45,7 +45,7 @@ class Neumann(LinearSolver):
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         system = System(A, b)
-        norm = vector_norm(b).unsqueeze(-1)
+        norm = scaled_norm(b).unsqueeze(-1)
         unit = b / torch.where((norm > 0) & norm.isfinite(), norm, 1)
         scale = self._scale(system, unit)
         term = scale * unit
