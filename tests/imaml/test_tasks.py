@@ -41,13 +41,12 @@ def drawing(character: int, number: int) -> bytes:
 def make_omniglot(folder: Path, zipped: bool) -> Path:
     """Eight characters in the official layout: 4 to train on, 1 to validate, 3 to test."""
     folder.mkdir()
-    members = {
-        f"images_{'background' if c < 5 else 'evaluation'}/Alpha_{c // 4}/character{c:02d}/{c:04d}_{k + 1:02d}.png": drawing(
-            c, k
-        )
-        for c in range(8)
-        for k in range(20)
-    }
+    members = {}
+    for c in range(8):
+        part = "background" if c < 5 else "evaluation"
+        for k in range(20):
+            name = f"images_{part}/Alpha_{c // 4}/character{c:02d}/{c:04d}_{k + 1:02d}.png"
+            members[name] = drawing(c, k)
     for part in ("images_background", "images_evaluation"):
         chosen = {n: v for n, v in members.items() if n.startswith(part)}
         if zipped:
