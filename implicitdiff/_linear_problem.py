@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import Problem
-from .info import LinearSolution, SolveInfo, report
+from .info import LinearSolution, report
 from .operators import LinearOperator
 
 
@@ -27,12 +28,6 @@ class OperatorFamily(Protocol):
         """The family with one more batch dimension in front, and its parameters."""
 
 
-class Sink(Protocol):
-    """Where the report of a solve for a derivative is left for the user."""
-
-    backward: SolveInfo | None
-
-
 @dataclass(frozen=True)
 class LinearProblem(Problem):
     """A u − b = 0 (Aᵀ u − b = 0 where ``transposed``) in the inputs (b, *parameters of A)."""
@@ -42,7 +37,8 @@ class LinearProblem(Problem):
     solver: Any
     """An object with ``solve(A, b, x0) -> LinearSolution`` and ``on_failure``."""
     kind: str
-    sink: Sink | None = None
+    sink: weakref.ref[Any] | None = None
+    """Where the report is left, by weak reference: the graph must not own what owns the graph."""
     shared: tuple[bool, ...] = ()
     """One entry per batch dimension that vmap has added, outermost first: whether only b has it, so that one operator
     serves several right-hand sides."""
@@ -75,12 +71,12 @@ class LinearProblem(Problem):
 
 
 def solve_and_report(
-    solver: Any, A: LinearOperator, b: Tensor, x0: Tensor | None, kind: str, sink: Sink | None
+    solver: Any, A: LinearOperator, b: Tensor, x0: Tensor | None, kind: str, sink: weakref.ref[Any] | None
 ) -> LinearSolution:
     """A u = b on plain tensors, its report entered into the records and acted on."""
     solution: LinearSolution = solver.solve(A, b, x0)
-    if sink is not None:
-        sink.backward = solution.info
+    if sink is not None and (left_for := sink()) is not None:
+        left_for.backward = solution.info
     report(kind, solution.info, solver.on_failure)
     return solution
 

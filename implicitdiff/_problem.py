@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,8 +57,8 @@ class ConditionProblem(Problem):
     inner_solver: Any
     """An object with ``solve(problem, x0) -> (x, SolveInfo)`` and ``on_failure``; None where x0 is the solution."""
     linear_solver: Any
-    solution: Solution
-    """Where the reports are left."""
+    solution: weakref.ref[Solution]
+    """Where the reports are left, by weak reference: the graph must not own what owns the graph."""
     captures: tuple[Capture, ...] = ()
     levels: tuple[tuple[int | None, ...], ...] = ()
     """One entry per batch dimension, outermost first: which inputs have it."""
@@ -67,7 +68,9 @@ class ConditionProblem(Problem):
         if self.inner_solver is None:
             return x0.clone()
         x, info = self.inner_solver.solve(InnerProblem(self, inputs), x0)
-        self.solution.forward = info
+        solution = self.solution()
+        if solution is not None:
+            solution.forward = info
         report("forward", info, self.inner_solver.on_failure)
         return x.clone()
 

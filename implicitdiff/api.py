@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,7 +114,7 @@ def solve_condition(
     vectorizer = Vectorizer.of(init, "init")
     equations = Equations(condition, vectorizer, Arguments.of(args, kwargs))
     solution = Solution(None, None)  # type: ignore[arg-type]  # filled in below
-    problem = ConditionProblem(equations, inner_solver, as_linear_solver(linear_solver, Auto), solution)
+    problem = ConditionProblem(equations, inner_solver, as_linear_solver(linear_solver, Auto), weakref.ref(solution))
     x0 = vectorizer.ravel(init, "init").detach()
     solution.value = vectorizer.unravel(_differentiable(problem, x0))
     return solution

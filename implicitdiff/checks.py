@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,8 @@ def check(layer: Callable[..., Any], init: Any, *args: Any, **kwargs: Any) -> Ch
     equations = Equations(condition, Vectorizer.of(solution, "the solution"), Arguments.of(args, kwargs))
     x = equations.vectorizer.ravel(solution, "the solution").detach()
     tensors = [t.detach() for t in equations.arguments.tensors]
-    problem = InnerProblem(ConditionProblem(equations, None, None, Solution(None, None)), tensors)  # type: ignore[arg-type]
+    unsolved = Solution(None, None)  # type: ignore[arg-type]
+    problem = InnerProblem(ConditionProblem(equations, None, None, weakref.ref(unsolved)), tensors)
     generator = torch.Generator(device=x.device).manual_seed(0)
     loose = torch.finfo(x.dtype).eps ** 0.5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,7 @@ class UnrolledLayer(nn.Module):
         vectorizer = Vectorizer.of(init, "init")
         equations = Equations(self.condition, vectorizer, Arguments.of(args, kwargs))
         solution = Solution(None, None)  # type: ignore[arg-type]  # filled in below
-        problem = ConditionProblem(equations, self.inner_solver, None, solution)
+        problem = ConditionProblem(equations, self.inner_solver, None, weakref.ref(solution))
         differentiable = torch.is_grad_enabled() and self.truncate != 0
         inner = InnerProblem(problem, equations.arguments.tensors, differentiable=differentiable)
         x0 = vectorizer.ravel(init, "init").detach()

@@ -314,6 +314,33 @@ def test_the_memory_of_a_gradient_does_not_grow_with_the_inner_steps() -> None:
     assert alive(64) <= alive(2) + 10  # other tests' garbage may go in between; 64 steps would leave hundreds
 
 
+@pytest.mark.parametrize("how", ["solve", "vmap", "attach"])
+def test_a_graph_is_freed_with_its_output(how: str) -> None:
+    """A cycle through the Function's context, which Python's collector cannot see, would leak every graph."""
+    import gc
+
+    layer = idf.ArgminLayer(lambda x, t: ((x - t) ** 2).sum())
+    t = torch.ones(2, 3, dtype=D, requires_grad=True)
+
+    def once() -> None:
+        if how == "solve":
+            layer.solve(torch.zeros(2, 3, dtype=D), t)
+        elif how == "vmap":
+            vmap(lambda t: layer(torch.zeros(3, dtype=D), t))(t)
+        else:
+            idf.attach(layer.condition, t.detach(), t)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(o, Tensor) for o in gc.get_objects())
+
+    once()
+    before = alive()
+    for _ in range(20):
+        once()
+    assert alive() <= before + 2
+
+
 # ------------------------------------------------------------------ check
 
 
