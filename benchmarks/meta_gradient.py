@@ -93,7 +93,7 @@ def main() -> None:
     )
     chunks = (1, 4, None)
     times: dict[int | None, list[float]] = {c: [] for c in chunks}
-    for repeat in range(4):
+    for repeat in range(3):
         for chunk in chunks:
             took = seconds(chunk, batch)
             if repeat:  # the first round warms up

@@ -39,7 +39,7 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(work: Workload, linear_solver: idf.LinearSolver, repeats: int = 15) -> tuple[float, float, int]:
+def measure(work: Workload, linear_solver: idf.LinearSolver, seconds: float = 8.0) -> tuple[float, float, int]:
     """Median seconds of the backward pass, of the bare products, and their number."""
     condition = idf.Stationary(work.objective)
 
@@ -58,7 +58,8 @@ def measure(work: Workload, linear_solver: idf.LinearSolver, repeats: int = 15) 
     bare = _bare_products(work, info.matvecs)
     bare()
     ours, floor = [], []
-    for _ in range(repeats):
+    start = time.perf_counter()
+    while len(ours) < 3 or (len(ours) < 50 and time.perf_counter() - start < seconds):
         ours.append(_seconds(backward(attached())))
         floor.append(_seconds(bare))
     return statistics.median(ours), statistics.median(floor), info.matvecs
