@@ -63,7 +63,8 @@ class SolveInfo:
     iterations: Tensor
     """Iterations used (int64)."""
     residual_norm: Tensor
-    """Linear solves: the true ‖b − A u‖₂ / ‖b‖₂. Inner solves: ‖F(x)‖₂ at the point of differentiation."""
+    """Linear solves: ‖b − A u‖₂ / ‖b‖₂, the true one wherever a system is said to have converged; an iterative method
+    that failed reports the residual of its own recursion. Inner solves: ‖F(x)‖₂ at the point of differentiation."""
     converged: Tensor
     """Whether the tolerance was reached (bool)."""
     status: Tensor

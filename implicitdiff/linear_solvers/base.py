@@ -120,7 +120,6 @@ class System(LinearOperator):
             A.shape[0], structure=A.structure, batch_shape=A.batch_shape, dtype=A.dtype or b.dtype, device=b.device
         )
         self.A, self.matvecs = A, 0
-        self.preconditioned = precondition is not None
         self.precondition = precondition or (lambda v: v)
         """v ↦ M⁻¹ v; the identity without a preconditioner."""
 
@@ -208,7 +207,7 @@ class IterativeLinearSolver(LinearSolver):
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         system = System(A, b)
         if self.preconditioner is not None:
-            system.precondition, system.preconditioned = self.preconditioner(system), True
+            system.precondition = self.preconditioner(system)
         norm = scaled_norm(b)
         # Unit norm inside, so that a cotangent of 1e-30 is solved as well as one of 1.
         scale = torch.where((norm > 0) & norm.isfinite(), norm, 1).unsqueeze(-1)
