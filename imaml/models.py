@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 
@@ -27,7 +28,9 @@ class MLP(nn.Sequential):
         super().__init__(*layers[:-1])
 
 
-FEATURE_SCALE = 3.0
+FEATURE_SCALE = 6.0
+WEIGHT_SCALE = 4.0
+"""Of the convolutions, relative to torch's own initialisation."""
 
 
 class ConvNet(nn.Module):
@@ -52,12 +55,16 @@ class ConvNet(nn.Module):
             ]
         self.features = nn.Sequential(*blocks)
         self.head = nn.Linear(filters, ways)
-        # The proximal term of iMAML prefers the shortest way to fit the support set. From a head of zeros and large
-        # features that way leads through the head, towards the class means, which generalises; otherwise through the
-        # first layers, which does not.
+        # The proximal term of iMAML prefers the shortest way to fit the support set. Where that leads through the head,
+        # towards the class means, it generalises; through the convolutions it does not. A head of zeros on large
+        # features makes the first way short. Large convolutions make the second one long, and its curvature small:
+        # under batch norm only their direction counts, and turning takes steps in proportion to their length.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         nn.init.constant_(self.features[-2].weight, FEATURE_SCALE)
+        with torch.no_grad():
+            for block in self.features[::3]:
+                block.weight *= WEIGHT_SCALE
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.features(inputs).mean((-2, -1)))
