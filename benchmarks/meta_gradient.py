@@ -1,19 +1,17 @@
 """The meta-gradient of 16 Omniglot tasks: all of them in one computation beside one by one, and its memory.
 
-5-way 1-shot, 16 inner steps, 5 CG steps, the paper's network. Run as ``python -m benchmarks.meta_gradient``.
+16 inner steps, 5 CG steps, the paper's network. Run as ``python -m benchmarks.meta_gradient``.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-import weakref
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import implicitdiff as idf
 from imaml import IMAML
@@ -24,46 +22,17 @@ from implicitdiff.inner_solvers import GradientDescent
 TASKS = 16
 
 
-class PeakMemory(TorchDispatchMode):
-    """The most bytes of tensor storage that operations inside the block had alive at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage())
-        return out
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.alive -= size
-
-
-def tasks() -> Task:
+def tasks(count: int, ways: int, shots: int) -> Task:
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(5).expand(TASKS, 5)
-    draw = lambda n: torch.rand(TASKS, 5 * n, 1, 28, 28, generator=generator)  # noqa: E731
-    return Task((draw(1), labels), (draw(1), labels))
+    labels = torch.arange(ways).repeat(shots).expand(count, -1)
+    draw = lambda: torch.rand(*labels.shape, 1, 28, 28, generator=generator)  # noqa: E731
+    return Task((draw(), labels), (draw(), labels))
 
 
-def learner(steps: int = 16, task_chunk: int | None = None) -> IMAML:
+def learner(steps: int = 16, ways: int = 5, task_chunk: int | None = None) -> IMAML:
     torch.manual_seed(0)
     return IMAML(
-        ConvNet(ways=5),
+        ConvNet(ways),
         nn.functional.cross_entropy,
         inner_solver=GradientDescent(0.01, max_iterations=steps, tol=0.0, on_failure="ignore"),
         linear_solver=idf.CG(rtol=1e-6, max_iterations=5, on_failure="ignore"),
@@ -79,21 +48,21 @@ def seconds(chunk: int | None, batch: Task) -> float:
     return time.perf_counter() - start
 
 
-def peak(function: Any) -> int:
-    with PeakMemory() as memory:
+def peak(function: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator had handed out at one time, above what there was before."""
+    function()  # what is set up once is not counted
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
-    return memory.peak
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(alive)
 
 
-def main() -> None:
-    batch = tasks()
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; {TASKS} tasks, 16 inner steps, 5 CG steps",
-        flush=True,
-    )
+def compare_chunks() -> None:
+    batch = tasks(TASKS, ways=5, shots=1)
     chunks = (1, 4, None)
     times: dict[int | None, list[float]] = {c: [] for c in chunks}
-    for repeat in range(3):
+    for repeat in range(4):
         for chunk in chunks:
             took = seconds(chunk, batch)
             if repeat:  # the first round warms up
@@ -107,16 +76,34 @@ def main() -> None:
             f"{label:20} {took:6.2f} s  {took / base:5.2f} of one by one   peak {memory / 2**20:7.1f} MiB", flush=True
         )
 
-    one = Task(*(tuple(t[:1] for t in part) for part in batch))
-    model, loss = ConvNet(ways=5), nn.functional.cross_entropy
+
+def compare_memory(ways: int, shots: int) -> None:
+    task = tasks(1, ways, shots)
+    model, loss = ConvNet(ways), nn.functional.cross_entropy
     parameters = list(model.parameters())
-    inputs, targets = (t[0] for t in one.support)
+    inputs, targets = (t[0] for t in task.support)
+
+    def product() -> None:
+        gradients = torch.autograd.grad(loss(model(inputs), targets), parameters, create_graph=True)
+        torch.autograd.grad(gradients, parameters, gradients, retain_graph=True)
+
     gradient = peak(lambda: torch.autograd.grad(loss(model(inputs), targets), parameters))
-    peaks = {steps: peak(lambda steps=steps: learner(steps).meta_loss(one).backward()) for steps in (1, 64)}
-    print("\nmemory of the meta-gradient of one task, over that of one gradient of the inner loss:")
+    peaks = {steps: peak(lambda steps=steps: learner(steps, ways).meta_loss(task).backward()) for steps in (1, 64)}
+    print(f"\n{ways}-way {shots}-shot, one task: peak memory over that of one gradient of the inner loss")
+    print(f"one Hessian-vector product by hand: {peak(product) / gradient:5.2f}")
     for steps, value in peaks.items():
-        print(f"{steps:3} inner steps: {value / gradient:5.2f}")
-    print(f"64 steps over 1 step: {peaks[64] / peaks[1]:.3f}")
+        print(f"meta-gradient, {steps:3} inner steps:   {value / gradient:5.2f}")
+    print(f"64 inner steps over 1: {peaks[64] / peaks[1]:.3f}", flush=True)
+
+
+def main() -> None:
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; {TASKS} tasks, 16 inner steps, 5 CG steps",
+        flush=True,
+    )
+    compare_chunks()
+    compare_memory(ways=20, shots=5)
+    compare_memory(ways=5, shots=1)
 
 
 if __name__ == "__main__":

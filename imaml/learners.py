@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_leaves, tree_map
 
 import implicitdiff as idf
 from implicitdiff.inner_solvers import GradientDescent
@@ -90,12 +91,12 @@ class Learner(nn.Module):
 
     def _chunk_step(self, chunk: Task) -> tuple[Tensor, Tensor]:
         """Query losses (tasks,) and outputs of one chunk."""
-        return self._query(vmap(self.adapted)(chunk.support), chunk)
+        return self._query(_each(self.adapted)(chunk.support), chunk)
 
     def _query(self, parameters: Parameters, chunk: Task) -> tuple[Tensor, Tensor]:
         inputs, targets = chunk.query
-        outputs = vmap(self.predict)(parameters, inputs)
-        return vmap(self.loss)(outputs, targets), outputs.detach()
+        outputs = _each(self.predict)(parameters, inputs)
+        return _each(self.loss)(outputs, targets), outputs.detach()
 
     def _support_loss(self, parameters: Parameters, support: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = support
@@ -228,8 +229,19 @@ class Reptile(MAML):
 
     def _chunk_step(self, chunk: Task) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            phi = vmap(self.adapted)(chunk.support)
+            phi = _each(self.adapted)(chunk.support)
             losses, outputs = self._query(phi, chunk)
         # A term of value 0 whose gradient in θ is θ − φ, task by task.
         pull = sum((p * (p.detach() - phi[name])).flatten(1).sum(1) for name, p in self.meta_parameters().items())
         return losses + (pull - pull.detach()), outputs
+
+
+def _each(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function for every task of a batch: vmap, but for a single task, which costs less time and memory without."""
+
+    def call(*batched: Any) -> Any:
+        if len(tree_leaves(batched)[0]) != 1:
+            return vmap(function)(*batched)
+        return tree_map(lambda t: t.unsqueeze(0), function(*tree_map(lambda t: t[0], batched)))
+
+    return call
