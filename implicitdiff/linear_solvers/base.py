@@ -125,7 +125,7 @@ class System(LinearOperator):
 
     def matvec(self, v: Tensor) -> Tensor:
         self.matvecs += 1
-        return self.A(v)
+        return self.A.matvec(v)
 
     def rmatvec(self, v: Tensor) -> Tensor:
         self.matvecs += 1
@@ -318,6 +318,11 @@ def scaled_norm(v: Tensor) -> Tensor:
 
 def vector_norm(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v, dim=-1)
+
+
+def dot(u: Tensor, v: Tensor) -> Tensor:
+    """⟨u, v⟩ over the last dimension, conjugating u."""
+    return torch.linalg.vecdot(u, v)
 
 
 def inner(u: Tensor, v: Tensor) -> Tensor:

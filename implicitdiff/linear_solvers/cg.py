@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from ..info import RUNNING, Status
-from .base import IterativeLinearSolver, System, initial, inner, vector_norm
+from .base import IterativeLinearSolver, System, dot, initial, vector_norm
+
+
+INDEFINITE = int(Status.INDEFINITE)
 
 
 class CGState(NamedTuple):
     x: Tensor
     residual: Tensor
     direction: Tensor
-    rho: Tensor  # rᵀ M⁻¹ r, with the last dimension kept
+    rho: Tensor  # rᵀ M⁻¹ r
     residual_norm: Tensor
     status: Tensor
 
@@ -36,18 +39,17 @@ class CG(IterativeLinearSolver):
         x, r = initial(A, b, x0)
         z = A.precondition(r)
         norm = vector_norm(r)
-        return CGState(x, r, z, inner(r, z), norm, torch.full_like(norm, RUNNING, dtype=torch.int64))
+        return CGState(x, r, z, dot(r, z), norm, torch.full_like(norm, RUNNING, dtype=torch.int64))
 
     def step(self, A: System, state: CGState) -> CGState:
-        Ad = A(state.direction)
-        curvature = inner(state.direction, Ad).real
+        Ad = A.matvec(state.direction)
+        curvature = dot(state.direction, Ad).real
         stopped = curvature <= 0  # not so for a NaN, which goes on into the residual and is found there
         # A step of length 0 leaves x where it is.
-        alpha = torch.where(stopped, 0, state.rho / curvature)
+        alpha = torch.where(stopped, 0, state.rho / curvature).unsqueeze(-1)
         x = torch.addcmul(state.x, alpha, state.direction)
         r = torch.addcmul(state.residual, alpha, Ad, value=-1)
         z = A.precondition(r)
-        rho = inner(r, z)
-        direction = torch.addcmul(z, rho / state.rho, state.direction)
-        status = torch.where(stopped.squeeze(-1), int(Status.INDEFINITE), state.status)
-        return CGState(x, r, direction, rho, vector_norm(r), status)
+        rho = dot(r, z)
+        direction = torch.addcmul(z, (rho / state.rho).unsqueeze(-1), state.direction)
+        return CGState(x, r, direction, rho, vector_norm(r), torch.where(stopped, INDEFINITE, RUNNING))
