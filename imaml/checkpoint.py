@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from .tasks.omniglot import write_atomically
+from .files import write_atomically
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 FORMAT = "imaml checkpoint 1"
@@ -42,6 +43,16 @@ def load(run: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of imaml.{_offer(run)}")
     return state
+
+
+def fit(run: Path, state: dict[str, Any], learner: nn.Module) -> None:
+    """Put a checkpoint's parameters into a learner. Raises CheckpointError where they are of another model."""
+    try:
+        learner.load_state_dict(state["learner"])
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{run / NAME} does not fit the settings in {run / 'config.json'}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _offer(run: Path) -> str:

@@ -55,7 +55,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Fetch the official Omniglot files first.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of Adam, on the meta-parameters.")] = 1e-3,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0.0, help="Of Adam, on the meta-parameters; 0.004 for omniglot, else 0.001.")
+    ] = None,
     inner_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the inner solver.")] = None,
     inner_stepsize: Annotated[
         float | None, typer.Option(min=0.0, help="Fixed inner step; imaml without it: line search.")
@@ -79,7 +81,7 @@ def train(
         data=None if data is None else str(data),
         tasks_per_step=tasks_per_step,
         seed=seed,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate or (4e-3 if tasks is Tasks.omniglot else 1e-3),
         inner_steps=inner_steps,
         inner_stepsize=inner_stepsize,
         regularization=regularization,
@@ -168,7 +170,7 @@ def _restored(run: Path) -> tuple[Config, TaskSource, Learner]:
     config = Config.read(run)
     state = checkpoint.load(run)
     source, learner = _build(config)
-    learner.load_state_dict(state["learner"])
+    checkpoint.fit(run, state, learner)
     return config, source, learner
 
 

@@ -13,10 +13,10 @@ import implicitdiff as idf
 from implicitdiff.inner_solvers import GradientDescent
 
 from .checkpoint import CheckpointError
+from .files import write_atomically
 from .learners import IMAML, MAML, Learner, Reptile
 from .models import MLP, ConvNet
 from .tasks import LinearRegression, Omniglot, Sinusoids, TaskSource
-from .tasks.omniglot import write_atomically
 
 
 class Tasks(str, Enum):

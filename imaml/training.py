@@ -19,15 +19,19 @@ from torch.utils.tensorboard import SummaryWriter
 import implicitdiff as idf
 
 from . import checkpoint
+from .files import write_atomically
 from .learners import Learner
 from .tasks import Task, TaskSource
-from .tasks.omniglot import write_atomically
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 VALIDATE_EVERY = 50
 VALIDATION_TASKS = 64
 VALIDATION_SEED = 1_000_003
 """Validation and evaluation draw from the test split by seeds that differ."""
+
+
+class DivergedError(ValueError):
+    """The loss or the meta-gradient is not finite any more; the parameters are those before it happened."""
 
 
 def train(
@@ -47,6 +51,8 @@ def train(
     Writes into ``run``: metrics.jsonl (a line per step), TensorBoard events and checkpoints. Ctrl-C ends after the step
     at hand with a checkpoint. ``resume`` goes on from the checkpoint, bit for bit as if there had been no stop. Returns
     the number of steps done.
+
+    Raises DivergedError, after a checkpoint of the last good parameters, where the loss or its gradient is not finite.
     """
     step, before = _restore(learner, optimizer, run) if resume else (0, 0.0)
     _cut_metrics(run / "metrics.jsonl", step)
@@ -73,7 +79,11 @@ def train(
     ):
         bar = progress.add_task("training", total=1.0, numbers="")
         while not stopped and (steps is None or step < steps) and (minutes is None or elapsed < 60 * minutes):
-            entry = _step(learner, optimizer, source.sample(tasks_per_step, "train", seed, step), source)
+            try:
+                entry = _step(learner, optimizer, source.sample(tasks_per_step, "train", seed, step), source)
+            except DivergedError:
+                save()
+                raise
             step += 1
             if step % VALIDATE_EVERY == 0:
                 entry |= _validation(learner, source)
@@ -117,6 +127,12 @@ def _step(learner: Learner, optimizer: torch.optim.Optimizer, tasks: Task, sourc
     with idf.record() as history:
         result = learner.meta_step(tasks)
         result.loss.backward()
+    gradients = [p.grad for p in learner.parameters() if p.grad is not None]
+    if not (result.loss.isfinite() and all(bool(g.isfinite().all()) for g in gradients)):
+        raise DivergedError(
+            f"the training diverged: the loss is {float(result.loss.detach()):.3g}, or its gradient is not finite. The "
+            f"last good parameters are in the checkpoint. Try a lower --learning-rate or --inner-stepsize."
+        )
     optimizer.step()
     entry: dict[str, Any] = {"loss": float(result.loss.detach())}
     if source.is_classification:
@@ -149,7 +165,7 @@ def _validation(learner: Learner, source: TaskSource) -> dict[str, float]:
 
 def _restore(learner: Learner, optimizer: torch.optim.Optimizer, run: Path) -> tuple[int, float]:
     state = checkpoint.load(run)
-    learner.load_state_dict(state["learner"])
+    checkpoint.fit(run, state, learner)
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random_state"])
     return state["step"], state["seconds"]

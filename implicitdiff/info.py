@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from .errors import ConvergenceError, ConvergenceWarning
@@ -166,7 +169,16 @@ def report(kind: str, info: SolveInfo, policy: FailurePolicy) -> None:
     message = _failure_message(kind, info)
     if policy == "raise":
         raise ConvergenceError(message)
-    warnings.warn(message, ConvergenceWarning, stacklevel=3)
+    warnings.warn(message, ConvergenceWarning, stacklevel=_level_of_the_caller())
+
+
+def _level_of_the_caller() -> int:
+    """The ``stacklevel`` at which a warning names the user's own line: above this package and above torch."""
+    inside = tuple(str(Path(module.__file__).parent) for module in (torch, sys.modules[__package__]))  # type: ignore
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _failure_message(kind: str, info: SolveInfo) -> str:

@@ -463,3 +463,18 @@ def test_the_structure_decides_the_default_solver_of_a_large_problem() -> None:
     assert solution.backward is not None
     assert solution.backward.method == "Auto: CG, as A is symmetric"
     torch.testing.assert_close(t.grad, torch.linalg.solve(H, torch.ones(80, dtype=D)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["forward", "backward"])
+def test_a_warning_names_the_line_of_the_user(stage: str) -> None:
+    limited = idf.inner_solvers.GradientDescent(0.1, max_iterations=1)
+    exact = idf.inner_solvers.Newton(on_failure="ignore")
+    layer = idf.ArgminLayer(
+        lambda x, t: ((x - t) ** 2).sum() + (x**4).sum(),
+        inner_solver=limited if stage == "forward" else exact,
+        linear_solver=idf.CG(max_iterations=1),
+    )
+    t = torch.tensor([1.0, 5.0], requires_grad=True)
+    with pytest.warns(idf.ConvergenceWarning) as caught:
+        layer(torch.zeros(2), t).sum().backward()
+    assert {warning.filename for warning in caught} == {__file__}

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 import urllib.request
 import warnings
 import zipfile
@@ -18,6 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ..files import write_atomically
 from .task import Split, Task, generator_for
 
 PARTS = ("images_background", "images_evaluation")
@@ -34,10 +34,11 @@ CHECKSUMS = {
 class Omniglot:
     """N-way K-shot classification of characters, 28×28, ink 1 on paper 0.
 
-    ``data`` holds the official ``images_background.zip`` and ``images_evaluation.zip``, or these folders unpacked, and
-    the split files ``vinyals_train.json``, ``vinyals_val.json`` and ``vinyals_test.json``. Meta-training uses train +
-    val (1,200 characters), each turned by 0°, 90°, 180° or 270° as a class of its own; testing uses the 423 test
-    characters as they are. That no character is in both is asserted.
+    ``data`` holds the official ``images_background.zip`` and ``images_evaluation.zip``, or these folders unpacked. The
+    split is that of the files ``vinyals_train.json``, ``vinyals_val.json`` and ``vinyals_test.json`` in it, or of those
+    that come with the package (Vinyals et al. 2016). Meta-training uses train + val (1,200 characters), each turned by
+    0°, 90°, 180° or 270° as a class of its own; testing uses the 423 test characters as they are. That no character is
+    in both is asserted.
 
     The decoded images are cached in one file in the user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``).
 
@@ -87,7 +88,12 @@ class Omniglot:
 
 
 def read_splits(folder: Path) -> dict[Split, set[str]]:
-    """The characters of the train (train + val) and test split, as "part/Alphabet/characterNN", found disjoint."""
+    """The characters of the train (train + val) and test split, as "part/Alphabet/characterNN", found disjoint.
+
+    The package's own split is taken where the folder has none of the three files.
+    """
+    if not any((folder / f"vinyals_{name}.json").exists() for name in ("train", "val", "test")):
+        folder = Path(__file__).parent / "omniglot_splits"
     train = _read_split(folder / "vinyals_train.json") | _read_split(folder / "vinyals_val.json")
     test = _read_split(folder / "vinyals_test.json")
     if train & test:
@@ -130,18 +136,6 @@ def download(folder: Path) -> None:
         if hashlib.md5(content).hexdigest() != checksum:
             raise ValueError(f"{SOURCE}/{name} is not the official file: its MD5 sum differs from {checksum}.")
         write_atomically(folder / name, content)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The whole file or nothing, also when the machine stops in between."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        # An ordinary file in a private folder: it gets the user's permissions, and goes with the folder on failure.
-        written = Path(folder) / path.name
-        with written.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(written, path)
 
 
 def _load(folder: Path) -> tuple[list[str], Tensor]:

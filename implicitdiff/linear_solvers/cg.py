@@ -10,7 +10,6 @@ from torch import Tensor
 from ..info import RUNNING, Status
 from .base import IterativeLinearSolver, System, dot, initial, vector_norm
 
-
 INDEFINITE = int(Status.INDEFINITE)
 
 

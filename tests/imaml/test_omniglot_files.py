@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from imaml.files import write_atomically
 from imaml.tasks import Omniglot, Task, omniglot
 
 from .test_tasks import drawing, make_omniglot
@@ -166,5 +167,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
-        omniglot.write_atomically(tmp_path / "file", b"new")
+        write_atomically(tmp_path / "file", b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_the_split_of_the_package_serves_a_folder_without_one(tmp_path: Path) -> None:
+    splits = omniglot.read_splits(tmp_path)
+    assert {name: len(characters) for name, characters in splits.items()} == {"train": 1200, "test": 423}
+    (tmp_path / "vinyals_train.json").write_text("{}")  # a folder with a part of a split is a mistake
+    with pytest.raises(FileNotFoundError, match="vinyals_val"):
+        omniglot.read_splits(tmp_path)

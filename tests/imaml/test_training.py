@@ -108,3 +108,19 @@ def test_a_run_that_ctrl_c_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path)
     one, other = checkpoint.load(folder), checkpoint.load(tmp_path / "whole")
     for key in ("learner", "optimizer", "step", "random_state"):
         assert same(one[key], other[key]), key
+
+
+def test_a_run_that_diverges_stops_with_its_last_good_parameters(tmp_path: Path) -> None:
+    options = ["--algorithm", "fomaml", "--learning-rate", "1e30", "--steps", "9", "--out", str(tmp_path)]
+    done = run("train", "sinusoids", *options)
+    assert done.returncode == 2
+    assert "imaml: the training diverged: the loss is inf" in done.stderr
+    state = checkpoint.load(tmp_path)
+    assert state["step"] == 1  # the first step leads to 1e30, where the loss is not finite
+    assert all(bool(p.isfinite().all()) for p in state["learner"].values())
+
+
+def test_a_checkpoint_of_another_model_is_one_clear_error(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, {"learner": MLP([1, 3, 1]).state_dict()})
+    with pytest.raises(checkpoint.CheckpointError, match="does not fit the settings"):
+        checkpoint.fit(tmp_path, checkpoint.load(tmp_path), MLP([1, 4, 1]))
