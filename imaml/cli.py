@@ -56,7 +56,7 @@ def train(
     download: Annotated[bool, typer.Option("--download", help="Fetch the official Omniglot files first.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(min=0.0, help="Of Adam, on the meta-parameters; 0.004 for omniglot, else 0.001.")
+        float | None, typer.Option(min=0.0, help="Of Adam, on the meta-parameters; 0.002 for omniglot, else 0.001.")
     ] = None,
     inner_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the inner solver.")] = None,
     inner_stepsize: Annotated[
@@ -81,7 +81,7 @@ def train(
         data=None if data is None else str(data),
         tasks_per_step=tasks_per_step,
         seed=seed,
-        learning_rate=learning_rate or (4e-3 if tasks is Tasks.omniglot else 1e-3),
+        learning_rate=learning_rate or (2e-3 if tasks is Tasks.omniglot else 1e-3),
         inner_steps=inner_steps,
         inner_stepsize=inner_stepsize,
         regularization=regularization,

@@ -14,16 +14,31 @@ from .conditions import FixedPoint, Root, Stationary
 from .errors import ConvergenceError, ConvergenceWarning, ImplicitDiffError
 from .info import LinearSolution, Solution, SolveInfo, Status, record
 from .layers import ArgminLayer, FixedPointLayer, RootLayer
-from .linear_solvers import CG, GMRES, MINRES, Auto, Dense, IterativeLinearSolver, LinearSolver, Neumann
+from .linear_solvers import (
+    CG,
+    GMRES,
+    LSMR,
+    MINRES,
+    Auto,
+    BiCGStab,
+    Dense,
+    IterativeLinearSolver,
+    LinearSolver,
+    Neumann,
+    NormalCG,
+    SciPy,
+)
 from .operators import LinearOperator
 from .unrolled import UnrolledLayer
 
 __all__ = [
     "CG",
     "GMRES",
+    "LSMR",
     "MINRES",
     "ArgminLayer",
     "Auto",
+    "BiCGStab",
     "ConvergenceError",
     "ConvergenceWarning",
     "Dense",
@@ -35,8 +50,10 @@ __all__ = [
     "LinearSolution",
     "LinearSolver",
     "Neumann",
+    "NormalCG",
     "Root",
     "RootLayer",
+    "SciPy",
     "Solution",
     "SolveInfo",
     "Stationary",

@@ -98,7 +98,7 @@ class _SharedOperator(LinearOperator):
 
     def __init__(self, A: LinearOperator, shared: Sequence[bool], shape: torch.Size) -> None:
         batch_shape = tuple(shape[:-1])
-        super().__init__(A.shape[0], structure=A.structure, batch_shape=batch_shape, dtype=A.dtype, device=A.device)
+        super().__init__(A.shape, structure=A.structure, batch_shape=batch_shape, dtype=A.dtype, device=A.device)
         self.A, self.shared, self.of_fixed_point = A, tuple(shared), A.of_fixed_point
 
     def matvec(self, v: Tensor) -> Tensor:

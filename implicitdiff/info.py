@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ._lanczos import Lanczos
 from .errors import ConvergenceError, ConvergenceWarning
 
 FailurePolicy = Literal["warn", "raise", "ignore"]
@@ -76,12 +77,42 @@ class SolveInfo:
     """Products with the operator, each counted once for the whole batch."""
     method: str
     """The solver, and for ``Auto`` what it chose."""
-    eigenvalue_range: tuple[Tensor, Tensor] | None = None
-    """The extreme eigenvalues that the solver saw (Ritz values), where it knows them."""
-    condition_number: Tensor | None = None
-    """Their ratio, where known. Ritz values lie inside the spectrum, so it is a lower bound."""
-    distance: Tensor | None = None
-    """The estimated ‖x − x*‖₂, where known."""
+    estimated_distance: Tensor | None = None
+    """Inner solves: ‖x − x*‖₂ as a Newton step has estimated it."""
+    lanczos: Lanczos | None = None
+    """What CG and MINRES saw of the spectrum; the properties below read it."""
+    scale: Tensor | None = None
+    """‖b‖₂ of a linear solve by an iterative method."""
+
+    @property
+    def eigenvalue_range(self) -> tuple[Tensor, Tensor] | None:
+        """The extreme Ritz values, from CG and MINRES without a preconditioner; None elsewhere.
+
+        They lie inside the spectrum of A (for x0 and b that contain every eigenvector, near its ends). A negative one
+        betrays an indefinite A. NaN for a system that took no steps.
+        """
+        return None if self.lanczos is None else self.lanczos.extremes[:2]
+
+    @property
+    def condition_number(self) -> Tensor | None:
+        """The largest modulus of the Ritz values over the smallest: a bound from below where A is definite."""
+        if self.lanczos is None:
+            return None
+        low, high, least = self.lanczos.extremes
+        return torch.maximum(low.abs(), high.abs()) / least
+
+    @property
+    def distance(self) -> Tensor | None:
+        """The estimated ‖x − x*‖₂, where known: for CG and MINRES ‖b − A u‖₂ over the smallest modulus of a Ritz value.
+
+        That is an upper bound of ‖u − u*‖₂ as far as the smallest Ritz value has converged, which it has by the time
+        that the residual is small.
+        """
+        if self.lanczos is None or self.scale is None:
+            return self.estimated_distance
+        solved_at_once = self.lanczos.steps == 0
+        distance = self.residual_norm * self.scale / self.lanczos.extremes[2]
+        return torch.where(solved_at_once & (self.residual_norm == 0), 0, distance)
 
     def summary(self) -> str:
         """One line for a log.

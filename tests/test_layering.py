@@ -10,18 +10,26 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    ("errors",),
+    ("_lanczos", "_vectors", "errors"),
     ("_tree", "info"),
     ("_captures",),
-    ("_autograd", "_iteration", "operators"),
+    ("_autograd", "_iteration", "operators.base"),
+    ("operators.block_diagonal", "operators.diagonal", "operators.low_rank", "operators.sparse"),
+    ("operators",),
     ("_jacobian", "_linear_problem", "conditions", "preconditioners"),
+    ("linear_solvers._operator_family", "linear_solvers.system"),
     ("linear_solvers.base",),
+    ("linear_solvers.iterative",),
     (
+        "linear_solvers.bicgstab",
         "linear_solvers.cg",
         "linear_solvers.dense",
         "linear_solvers.gmres",
+        "linear_solvers.lsmr",
         "linear_solvers.minres",
         "linear_solvers.neumann",
+        "linear_solvers.normal_cg",
+        "linear_solvers.scipy_solver",
     ),
     ("linear_solvers.auto",),
     ("linear_solvers",),

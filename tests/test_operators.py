@@ -219,14 +219,14 @@ def test_the_jacobian_pulls_to_other_tensors() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: DenseOperator(torch.ones(2, 3)), ValueError, "must be square"),
-        (lambda: DenseOperator(torch.ones(3)), ValueError, "must be square"),
+        (lambda: DenseOperator(torch.ones(2, 3), "symmetric"), ValueError, "is not square, so it cannot be symmetric"),
+        (lambda: DenseOperator(torch.ones(3)), ValueError, "must be a matrix"),
         (lambda: DenseOperator(torch.eye(2), "spd"), ValueError, "structure is 'spd'"),  # type: ignore[arg-type]
         (lambda: PD(torch.ones(2)), ValueError, "met a vector of shape"),
         (lambda: PD @ torch.ones(3, 2), ValueError, "last dimension must be 3"),
         (lambda: PD(torch.tensor(1.0)), ValueError, "met a vector of shape"),
-        (lambda: PD + dense(torch.eye(2)), ValueError, "cannot be combined"),
-        (lambda: PD @ dense(torch.eye(2)), ValueError, "cannot be combined"),
+        (lambda: PD + dense(torch.eye(2)), ValueError, "cannot be added"),
+        (lambda: PD @ dense(torch.eye(2)), ValueError, "cannot be multiplied"),
         (lambda: PD + 3, TypeError, "unsupported operand"),
         (lambda: PD * SYM, TypeError, "unsupported operand"),
         (lambda: SYM * None, TypeError, "unsupported operand"),

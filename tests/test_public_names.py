@@ -17,6 +17,7 @@ ROOT_NAMES = {
     *("LinearOperator", "LinearSolver", "IterativeLinearSolver"),
     *("CG", "MINRES", "GMRES", "Neumann", "Dense", "Auto"),
     *("SolveInfo", "Solution", "LinearSolution", "Status"),
+    *("BiCGStab", "LSMR", "NormalCG", "SciPy"),
     *("ConvergenceError", "ConvergenceWarning", "ImplicitDiffError"),
     *("conditions", "inner_solvers", "linear_solvers", "operators", "preconditioners"),
 }

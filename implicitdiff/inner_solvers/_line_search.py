@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._iteration import any_of
+from .._vectors import inner, vector_norm
 from ..info import RUNNING, Status
-from ..linear_solvers.base import inner, vector_norm
 from .base import InnerProblem
 
 SUFFICIENT_DECREASE = 1e-4

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._vectors import vector_norm
 from ..info import FailurePolicy
-from ..linear_solvers.base import check_max_iterations, vector_norm
+from ..linear_solvers.base import check_max_iterations
 from .base import InnerProblem, InnerSolver
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._iteration import iterate
+from .._vectors import vector_norm
 from ..errors import ImplicitDiffError
 from ..info import FailurePolicy, SolveInfo, Status
-from ..linear_solvers.base import check_max_iterations, check_not_negative, check_policy, vector_norm
+from ..linear_solvers.base import check_max_iterations, check_not_negative, check_policy
 from ..operators import LinearOperator
 
 AT_X = ("value", "gradient", "residual", "residual_norm")

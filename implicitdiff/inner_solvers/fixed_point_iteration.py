@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .._vectors import vector_norm
 from ..info import FailurePolicy
-from ..linear_solvers.base import vector_norm
 from .base import InnerProblem, InnerSolver
 
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._vectors import inner, vector_norm
 from ..info import FailurePolicy
-from ..linear_solvers.base import check_max_iterations, inner, vector_norm
+from ..linear_solvers.base import check_max_iterations
 from ._line_search import Iterate, advance, first_iterate
 from .base import InnerProblem, InnerSolver
 

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._vectors import vector_norm
 from ..info import RUNNING, FailurePolicy, Status
 from ..linear_solvers.auto import Auto
-from ..linear_solvers.base import as_linear_solver, vector_norm
+from ..linear_solvers.base import as_linear_solver
 from .base import InnerProblem, InnerSolver
 
 MAX_HALVINGS = 20

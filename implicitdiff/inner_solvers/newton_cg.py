@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .._iteration import iterate
 from ..info import FailurePolicy
-from ..linear_solvers.base import System, check_max_iterations
+from ..linear_solvers.base import check_max_iterations
 from ..linear_solvers.cg import CG
+from ..linear_solvers.system import System
 from ._line_search import Iterate, advance, first_iterate
 from .base import InnerProblem, InnerSolver
 

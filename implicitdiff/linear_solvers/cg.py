@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._lanczos import Lanczos, LanczosOfCG
+from .._vectors import dot, vector_norm
 from ..info import RUNNING, Status
-from .base import IterativeLinearSolver, System, dot, initial, vector_norm
+from .iterative import IterativeLinearSolver
+from .system import System, initial
 
 INDEFINITE = int(Status.INDEFINITE)
 
@@ -34,6 +37,9 @@ class CG(IterativeLinearSolver):
     tensor([1.0000, 0.5000, 0.2500])
     """
 
+    def lanczos(self, A: System, steps: Tensor) -> Lanczos | None:
+        return LanczosOfCG(A.notes, steps) if A.notes and self.preconditioner is None else None
+
     def start(self, A: System, b: Tensor, x0: Tensor | None) -> CGState:
         x, r = initial(A, b, x0)
         z = A.precondition(r)
@@ -44,11 +50,13 @@ class CG(IterativeLinearSolver):
         Ad = A.matvec(state.direction)
         curvature = dot(state.direction, Ad).real
         stopped = curvature <= 0  # not so for a NaN, which goes on into the residual and is found there
-        # A step of length 0 leaves x where it is.
-        alpha = torch.where(stopped, 0, state.rho / curvature).unsqueeze(-1)
+        length = state.rho / curvature
+        alpha = torch.where(stopped, 0, length).unsqueeze(-1)  # a step of length 0 leaves x where it is
         x = torch.addcmul(state.x, alpha, state.direction)
         r = torch.addcmul(state.residual, alpha, Ad, value=-1)
         z = A.precondition(r)
         rho = dot(r, z)
-        direction = torch.addcmul(z, (rho / state.rho).unsqueeze(-1), state.direction)
+        ratio = rho / state.rho
+        direction = torch.addcmul(z, ratio.unsqueeze(-1), state.direction)
+        A.notes.append((length, ratio))
         return CGState(x, r, direction, rho, vector_norm(r), torch.where(stopped, INDEFINITE, RUNNING))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..info import LinearSolution, Status
 from ..operators import LinearOperator
-from .base import LinearSolver, System
+from .base import LinearSolver
+from .system import System
 
 
 class Dense(LinearSolver):

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._vectors import vector_norm
 from ..info import RUNNING, FailurePolicy, Status
-from .base import IterativeLinearSolver, Preconditioner, System, initial, vector_norm
+from .iterative import IterativeLinearSolver
+from .system import Preconditioner, System, initial
 
 
 class GMRESState(NamedTuple):

@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._lanczos import Lanczos, LanczosOfMINRES
+from .._vectors import inner, vector_norm
 from ..info import RUNNING, Status
-from .base import IterativeLinearSolver, System, initial, inner, vector_norm
+from .iterative import IterativeLinearSolver
+from .system import System, initial
 
 
 class MINRESState(NamedTuple):
@@ -43,6 +46,9 @@ class MINRES(IterativeLinearSolver):
     >>> MINRES()(A, torch.ones(3)).value
     tensor([ 1.0000, -0.5000,  0.2500])
     """
+
+    def lanczos(self, A: System, steps: Tensor) -> Lanczos | None:
+        return LanczosOfMINRES(A.notes, steps) if A.notes and self.preconditioner is None else None
 
     def start(self, A: System, b: Tensor, x0: Tensor | None) -> MINRESState:
         x, r = initial(A, b, x0)
@@ -80,6 +86,7 @@ class MINRES(IterativeLinearSolver):
         x = state.x + phi * w
         r = s * s * state.residual - _over(phibar * c, beta) * p
         broken = (square < 0) | singular
+        A.notes.append((alpha, beta))
         status = torch.where(broken.squeeze(-1), int(Status.BREAKDOWN), state.status)
         return MINRESState(
             x, r, vector_norm(r), status, state.last, p, y, state.beta, beta, dbar, epsilon, phibar, c, s, w, state.w

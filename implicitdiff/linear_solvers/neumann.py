@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._vectors import scaled_norm, vector_norm
 from ..info import FailurePolicy, LinearSolution, Status
 from ..operators import LinearOperator
-from .base import LinearSolver, System, check_max_iterations, scaled_norm, vector_norm
+from .base import LinearSolver, check_max_iterations
+from .system import System
 
 POWER_ITERATIONS = 8
 

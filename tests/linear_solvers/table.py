@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import implicitdiff as idf
-from implicitdiff.linear_solvers.base import initial
+from implicitdiff.linear_solvers.system import initial
 from implicitdiff.operators import DenseOperator
 from implicitdiff.preconditioners import Jacobi
 
@@ -67,6 +68,12 @@ SOLVERS = {
     "MINRES, Jacobi": Entry(lambda **s: idf.MINRES(**{"preconditioner": Jacobi(), **s}), SYMMETRIC - {"singular"}),
     "GMRES": Entry(lambda **s: idf.GMRES(restart=100, **s), ALL),
     "GMRES(5)": Entry(lambda **s: idf.GMRES(restart=5, **s), WELL_CONDITIONED),
+    "BiCGStab": Entry(idf.BiCGStab, WELL_CONDITIONED | {"definite", "indefinite", "singular"}),
+    "NormalCG": Entry(idf.NormalCG, ALL - {"Poisson", "T² − √3·I"}),
+    "LSMR": Entry(idf.LSMR, ALL - {"Poisson"}),
+    "SciPy: minres": Entry(partial(idf.SciPy, "minres"), SYMMETRIC - {"Poisson"}, iterative=False),
+    "SciPy: lsmr": Entry(partial(idf.SciPy, "lsmr"), ALL, iterative=False),
+    "SciPy: bicgstab": Entry(partial(idf.SciPy, "bicgstab"), WELL_CONDITIONED, iterative=False),
     "Neumann": Entry(lambda **s: idf.Neumann(terms=80, **s), {"empty", "contraction"}, iterative=False),
     "Dense": Entry(idf.Dense, ALL, iterative=False),
     "Auto": Entry(idf.Auto, ALL, iterative=False),
@@ -139,7 +146,9 @@ def check_scales(make: Maker, system: System, dtype: torch.dtype = torch.float64
     x = solution.value.double() / torch.tensor([[1.0], [1.0], [1e-30], [1e30]], dtype=torch.float64)
     for i in (2, 3):
         assert float((x[i] - x[0]).norm()) <= 2 * system.condition * RTOL[dtype] * float(x[0].norm())
-        assert abs(int(solution.info.iterations[i]) - int(solution.info.iterations[0])) <= 1
+        # ‖b‖ is not a power of two, so that b / ‖b‖ rounds otherwise at another scale.
+        steps, at_one = (int(solution.info.iterations[j]) for j in (i, 0))
+        assert abs(steps - at_one) <= 1 + 0.05 * at_one
 
 
 def check_per_system(make: Maker, dtype: torch.dtype = torch.float64) -> None:

@@ -88,7 +88,8 @@ def test_an_overflowing_solution_is_not_a_success(name: str) -> None:
     A = DenseOperator(1e-20 * torch.eye(3), "positive_definite")
     solution = SOLVERS[name].make(on_failure="ignore")(A, torch.full((3,), 1e19))
     assert not bool(solution.info.converged)
-    assert int(solution.info.status) in (Status.NON_FINITE, Status.MAX_ITERATIONS)
+    # NormalCG's AᵀA = 1e-40 is zero in float32.
+    assert int(solution.info.status) in (Status.NON_FINITE, Status.MAX_ITERATIONS, Status.BREAKDOWN)
 
 
 @EACH_ITERATIVE

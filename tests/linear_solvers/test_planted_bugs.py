@@ -26,7 +26,7 @@ class Trusting(idf.CG):
 
     def _run(self, A: Any, b: Tensor, x: Any, threshold: Tensor) -> Any:
         ended = iterate(lambda state: self.step(A, state), self.start(A, b, x), threshold, 300)
-        return self.finish(A, ended.state), ended.iterations, ended.status, ended.state.residual_norm
+        return self.finish(A, ended.state), ended.iterations, ended.status, ended.state.residual_norm, None
 
 
 class IterateBeforeLast(idf.CG):

@@ -1,4 +1,4 @@
-"""Linear operators: a square matrix given by its product with plain tensors of shape (*batch, n)."""
+"""What a linear operator is, the two plain kinds of it, and their algebra."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._captures import is_transformed
+from .._captures import is_transformed
 
 Structure = Literal["general", "symmetric", "positive_definite"]
 """What is promised of an operator. "positive_definite" includes symmetric (Hermitian, for complex operators)."""
@@ -27,7 +27,8 @@ def check_structure(structure: Structure) -> Structure:
 class LinearOperator(ABC):
     """A matrix A of shape (n, n), or a batch of them, known by its products.
 
-    A subclass writes ``matvec`` and ``rmatvec`` and calls this constructor.
+    A subclass writes ``matvec`` and ``rmatvec`` and calls this constructor. ``n`` may be a pair (m, n): a rectangular
+    matrix, for which :class:`~implicitdiff.LSMR` and :class:`~implicitdiff.Dense` find the least-squares solution.
 
     >>> A = DenseOperator(torch.tensor([[2.0, 1.0], [0.0, 3.0]]))
     >>> A @ torch.tensor([1.0, 1.0])
@@ -41,15 +42,17 @@ class LinearOperator(ABC):
 
     def __init__(
         self,
-        n: int,
+        n: int | tuple[int, int],
         *,
         structure: Structure = "general",
         batch_shape: tuple[int, ...] = (),
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.shape = (n, n)
+        self.shape: tuple[int, int] = (n, n) if isinstance(n, int) else n
         self.structure: Structure = check_structure(structure)
+        if self.shape[0] != self.shape[1] and structure != "general":
+            raise ValueError(f"an operator of shape {self.shape} is not square, so it cannot be {structure}.")
         self.batch_shape = tuple(batch_shape)
         self.dtype = dtype
         self.device = device
@@ -58,11 +61,11 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
-        """A v, for v of shape (*batch, n)."""
+        """A v, of shape (*batch, m), for v of shape (*batch, n)."""
 
     @abstractmethod
     def rmatvec(self, v: Tensor) -> Tensor:
-        """Aᵀ v (Aᴴ v for complex operators), for v of shape (*batch, n)."""
+        """Aᵀ v (Aᴴ v for complex operators), of shape (*batch, n), for v of shape (*batch, m)."""
 
     def __call__(self, v: Tensor) -> Tensor:
         if v.shape[-1:] != (self.shape[1],):
@@ -93,15 +96,24 @@ class LinearOperator(ABC):
         return self if self.is_symmetric else _Transpose(self)
 
     @property
+    def is_square(self) -> bool:
+        """Whether the matrix has as many rows as columns."""
+        return self.shape[0] == self.shape[1]
+
+    @property
     def is_symmetric(self) -> bool:
         """Whether the structure promises symmetry."""
         return self.structure != "general"
 
     def to_dense(self) -> Tensor:
-        """The matrix, of shape (*batch_shape, n, n), by n products unless the operator knows better."""
-        if self.shape[0] == 0:
-            return self._basis().movedim(0, -2)
-        return torch.stack([self.matvec(e) for e in self._basis()], dim=-1)
+        """The matrix, of shape (*batch_shape, m, n), by n products unless the operator knows better."""
+        basis = self._basis()
+        if 0 in self.shape:
+            return basis.new_zeros(*self.batch_shape, *self.shape)
+        return torch.stack([self.matvec(e) for e in basis], dim=-1)
+
+    diagonal_is_cheap = False
+    """Whether ``diagonal()`` costs no more than a product."""
 
     def diagonal(self) -> Tensor:
         """The diagonal, of shape (*batch_shape, n), by n products unless the operator knows better."""
@@ -111,7 +123,7 @@ class LinearOperator(ABC):
         return torch.stack(entries, dim=-1)
 
     def _basis(self) -> Tensor:
-        n = self.shape[0]
+        n = self.shape[1]
         eye = torch.eye(n, dtype=self.dtype, device=self.device)
         return eye.reshape(n, *(1 for _ in self.batch_shape), n).expand(n, *self.batch_shape, n)
 
@@ -121,25 +133,27 @@ class LinearOperator(ABC):
 
 
 class DenseOperator(LinearOperator):
-    """An operator whose matrix is at hand, of shape (*batch, n, n).
+    """An operator whose matrix is at hand, of shape (*batch, n, n), or (*batch, m, n) where the structure is general.
 
-    Raises ValueError for a matrix that is not square.
+    Raises ValueError for a tensor that is not a matrix.
 
     >>> DenseOperator(2.0 * torch.eye(2), structure="positive_definite").diagonal()
     tensor([2., 2.])
     """
 
     def __init__(self, matrix: Tensor, structure: Structure = "general") -> None:
-        if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
-            raise ValueError(f"matrix has the shape {tuple(matrix.shape)}, but it must be square: (*batch, n, n).")
+        if matrix.ndim < 2:
+            raise ValueError(f"matrix has the shape {tuple(matrix.shape)}, but it must be a matrix: (*batch, m, n).")
         super().__init__(
-            matrix.shape[-1],
+            (matrix.shape[-2], matrix.shape[-1]),
             structure=structure,
             batch_shape=tuple(matrix.shape[:-2]),
             dtype=matrix.dtype,
             device=matrix.device,
         )
         self.matrix = matrix
+
+    diagonal_is_cheap = True
 
     def matvec(self, v: Tensor) -> Tensor:
         return (self.matrix @ v.unsqueeze(-1)).squeeze(-1)
@@ -155,7 +169,7 @@ class DenseOperator(LinearOperator):
 
 
 class FunctionOperator(LinearOperator):
-    """An operator given by a function v ↦ A v on tensors of shape (*batch, n).
+    """An operator given by a function v ↦ A v on tensors of shape (*batch, n); ``n`` may be a pair (m, n).
 
     ``rmatvec`` is v ↦ Aᵀ v; without it, a general operator is transposed by differentiating ``matvec``. A ``dtype``
     of None means: as the vector it meets.
@@ -169,7 +183,7 @@ class FunctionOperator(LinearOperator):
     def __init__(
         self,
         matvec: Callable[[Tensor], Tensor],
-        n: int,
+        n: int | tuple[int, int],
         *,
         rmatvec: Callable[[Tensor], Tensor] | None = None,
         structure: Structure = "general",
@@ -188,13 +202,15 @@ class FunctionOperator(LinearOperator):
             return self._rmatvec(v)
         if self.is_symmetric:
             return self._matvec(v)
-        return torch.func.vjp(self._matvec, torch.zeros_like(v))[1](v)[0]
+        return torch.func.vjp(self._matvec, v.new_zeros(*v.shape[:-1], self.shape[1]))[1](v)[0]
 
 
 class _Transpose(LinearOperator):
     def __init__(self, A: LinearOperator) -> None:
-        super().__init__(A.shape[0], structure=A.structure, batch_shape=A.batch_shape, dtype=A.dtype, device=A.device)
-        self.A, self.of_fixed_point = A, A.of_fixed_point
+        super().__init__(
+            A.shape[::-1], structure=A.structure, batch_shape=A.batch_shape, dtype=A.dtype, device=A.device
+        )
+        self.A, self.of_fixed_point, self.diagonal_is_cheap = A, A.of_fixed_point, A.diagonal_is_cheap
 
     def matvec(self, v: Tensor) -> Tensor:
         return self.A.rmatvec(v)
@@ -216,8 +232,10 @@ class _Transpose(LinearOperator):
 class _Sum(LinearOperator):
     def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
         structure = min(A.structure, B.structure, key=STRUCTURES.index)
-        super().__init__(_same_n(A, B), structure=structure, **_common(A, B))
-        self.A, self.B = A, B
+        if A.shape != B.shape:
+            raise ValueError(f"operators of shapes {A.shape} and {B.shape} cannot be added: the shapes must be equal.")
+        super().__init__(A.shape, structure=structure, **_common(A, B))
+        self.A, self.B, self.diagonal_is_cheap = A, B, A.diagonal_is_cheap and B.diagonal_is_cheap
 
     def matvec(self, v: Tensor) -> Tensor:
         return self.A.matvec(v) + self.B.matvec(v)
@@ -234,7 +252,11 @@ class _Sum(LinearOperator):
 
 class _Product(LinearOperator):
     def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
-        super().__init__(_same_n(A, B), structure="general", **_common(A, B))
+        if A.shape[1] != B.shape[0]:
+            raise ValueError(
+                f"operators of shapes {A.shape} and {B.shape} cannot be multiplied: the inner numbers must be equal."
+            )
+        super().__init__((A.shape[0], B.shape[1]), structure="general", **_common(A, B))
         self.A, self.B = A, B
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -255,28 +277,26 @@ class _Affine(LinearOperator):
             structure = "general"
         shapes = (s.shape for s in (factor, shift) if isinstance(s, Tensor))
         batch_shape = tuple(torch.broadcast_shapes(A.batch_shape, *shapes))
-        super().__init__(A.shape[0], structure=structure, batch_shape=batch_shape, dtype=A.dtype, device=A.device)
-        self.A, self.factor, self.shift_by = A, factor, shift
+        if not A.is_square and not (isinstance(shift, Number) and shift == 0):
+            raise ValueError(f"an operator of shape {A.shape} cannot be shifted: it is not square.")
+        super().__init__(A.shape, structure=structure, batch_shape=batch_shape, dtype=A.dtype, device=A.device)
+        self.A, self.factor, self.shift_by, self.diagonal_is_cheap = A, factor, shift, A.diagonal_is_cheap
 
     def matvec(self, v: Tensor) -> Tensor:
-        return _column(self.factor) * self.A.matvec(v) + _column(self.shift_by) * v
+        product = _column(self.factor) * self.A.matvec(v)
+        return product + _column(self.shift_by) * v if self.is_square else product
 
     def rmatvec(self, v: Tensor) -> Tensor:
-        return _column(_conj(self.factor)) * self.A.rmatvec(v) + _column(_conj(self.shift_by)) * v
+        product = _column(_conj(self.factor)) * self.A.rmatvec(v)
+        return product + _column(_conj(self.shift_by)) * v if self.is_square else product
 
     def to_dense(self) -> Tensor:
         matrix = self.A.to_dense()
-        eye = torch.eye(self.shape[0], dtype=matrix.dtype, device=matrix.device)
+        eye = torch.eye(*self.shape, dtype=matrix.dtype, device=matrix.device)
         return _column(_column(self.factor)) * matrix + _column(_column(self.shift_by)) * eye
 
     def diagonal(self) -> Tensor:
         return _column(self.factor) * self.A.diagonal() + _column(self.shift_by)
-
-
-def _same_n(A: LinearOperator, B: LinearOperator) -> int:
-    if A.shape != B.shape:
-        raise ValueError(f"operators of shapes {A.shape} and {B.shape} cannot be combined: the shapes must be equal.")
-    return A.shape[0]
 
 
 def _common(A: LinearOperator, B: LinearOperator) -> dict[str, Any]:

@@ -1,0 +1,29 @@
+"""Norms and inner products over the last dimension, system by system."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def scaled_norm(v: Tensor) -> Tensor:
+    """The norm where squares may under- or overflow: 1e-30 in float32."""
+    if v.shape[-1] == 0:
+        return vector_norm(v)
+    largest = v.abs().amax(-1)
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1)
+    return scale * vector_norm(v / scale.unsqueeze(-1))
+
+
+def vector_norm(v: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(v, dim=-1)
+
+
+def dot(u: Tensor, v: Tensor) -> Tensor:
+    """⟨u, v⟩ over the last dimension, conjugating u."""
+    return torch.linalg.vecdot(u, v)
+
+
+def inner(u: Tensor, v: Tensor) -> Tensor:
+    """⟨u, v⟩ over the last dimension, conjugating u, with that dimension kept."""
+    return torch.linalg.vecdot(u, v).unsqueeze(-1)

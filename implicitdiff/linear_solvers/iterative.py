@@ -1,0 +1,163 @@
+"""The base of iterative solvers: the loop, honest reports, scaling, warm start."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._iteration import iterate
+from .._lanczos import Lanczos
+from .._vectors import scaled_norm, vector_norm
+from ..info import FailurePolicy, LinearSolution, SolveInfo, Status
+from ..operators import LinearOperator
+from .base import LinearSolver, check_max_iterations
+from .system import Preconditioner, System
+
+
+class IterativeLinearSolver(LinearSolver):
+    """The base of iterative solvers: a subclass writes ``start`` and ``step``, everything else is brought.
+
+    The loop, stopping and freezing per system, scaling of b to unit norm, warm start, the check of the true residual
+    before success is claimed (with a restart where a recursive residual had drifted), reports, the failure policy,
+    batches and every transform. Further settings:
+
+    * ``max_iterations``: per system; None means 10·n, at least 100;
+    * ``preconditioner``: ``A -> (v -> M⁻¹ v)``; in ``start`` and ``step`` it is ``A.precondition(v)``;
+    * ``warm_start``: start from the last solution of the same shape and dtype.
+
+    A state is a NamedTuple with at least ``x`` (*batch, n) and ``residual_norm`` (*batch,), the estimated ‖b − A x‖₂:
+
+    >>> from typing import NamedTuple
+    >>> class State(NamedTuple):
+    ...     x: torch.Tensor
+    ...     residual: torch.Tensor
+    ...     residual_norm: torch.Tensor
+    >>> class Richardson(IterativeLinearSolver):
+    ...     def start(self, A, b, x0):
+    ...         x = torch.zeros_like(b) if x0 is None else x0
+    ...         r = b - A(x)
+    ...         return State(x, r, torch.linalg.vector_norm(r, dim=-1))
+    ...     def step(self, A, state):
+    ...         x = state.x + 0.3 * state.residual
+    ...         r = state.residual - 0.3 * A(state.residual)
+    ...         return State(x, r, torch.linalg.vector_norm(r, dim=-1))
+    >>> from implicitdiff.operators import DenseOperator
+    >>> b = torch.tensor([1.0, 2.0])
+    >>> Richardson()(DenseOperator(2 * torch.eye(2), structure="positive_definite"), b).value
+    tensor([0.5000, 1.0000])
+    """
+
+    def __init__(
+        self,
+        *,
+        rtol: float = 1e-6,
+        atol: float = 0.0,
+        max_iterations: int | None = None,
+        preconditioner: Preconditioner | None = None,
+        warm_start: bool = False,
+        on_failure: FailurePolicy = "warn",
+    ) -> None:
+        super().__init__(rtol=rtol, atol=atol, on_failure=on_failure)
+        if preconditioner is not None and not callable(preconditioner):
+            raise TypeError(
+                f"preconditioner is {preconditioner!r}, but it must be a callable that takes the operator A and "
+                f"returns a callable v -> M⁻¹ v."
+            )
+        self.max_iterations = check_max_iterations(max_iterations)
+        self.preconditioner = preconditioner
+        self.warm_start = warm_start
+        self._last: Tensor | None = None
+
+    @abstractmethod
+    def start(self, A: System, b: Tensor, x0: Tensor | None) -> Any:
+        """The state at x0 (None: at zero), with b scaled to unit norm; b and x0 have the shape (*batch, n)."""
+
+    @abstractmethod
+    def step(self, A: System, state: Any) -> Any:
+        """The state after one iteration."""
+
+    def accepts(self, A: System, state: Any, r: Tensor, threshold: Tensor) -> Tensor:
+        """Whether systems with the true residuals r, of shape (*batch, n), are solved; b has unit norm here."""
+        return vector_norm(r) <= threshold
+
+    def lanczos(self, A: System, steps: Tensor) -> Lanczos | None:
+        """What the method has noted of the spectrum of A in so many steps."""
+        return None
+
+    def preconditioned(self, A: LinearOperator) -> LinearOperator:
+        """The operator that the preconditioner is made for."""
+        return A
+
+    def finish(self, A: System, state: Any) -> Tensor:
+        """The iterate of a state, for methods that assemble it only at the end."""
+        return state.x
+
+    def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
+        system = System(A, b)
+        if self.preconditioner is not None:
+            system.precondition = self.preconditioner(self.preconditioned(system))
+        norm = scaled_norm(b)
+        # Unit norm inside, so that a cotangent of 1e-30 is solved as well as one of 1.
+        scale = torch.where((norm > 0) & norm.isfinite(), norm, 1).unsqueeze(-1)
+        unit, threshold = b / scale, self._threshold(norm)
+        x0 = x0 / scale if x0 is not None else self._last_start(b, A.shape[1])
+        if x0 is not None:  # b = 0 is solved exactly, by 0, whatever the start
+            x0 = torch.where((norm > 0).unsqueeze(-1), x0, 0)
+        x, iterations, status, residual, lanczos = self._run(system, unit, x0, threshold)
+        value = x * scale
+        overflown = ~value.isfinite().all(-1)
+        converged = ((status == Status.CONVERGED) | (residual <= threshold)) & ~overflown
+        status = torch.where(converged, int(Status.CONVERGED), status)
+        status = torch.where(overflown, int(Status.NON_FINITE), status)
+        if self.warm_start:
+            # For b of unit norm: a start of the right size, whatever the next b's. Zero where it would be no help.
+            self._last = torch.where((residual < 1).unsqueeze(-1), x, 0)
+        info = SolveInfo(
+            iterations, residual, converged, status, system.matvecs, self.name, lanczos=lanczos, scale=norm
+        )
+        return LinearSolution(value, info)
+
+    def _last_start(self, b: Tensor, n: int) -> Tensor | None:
+        last = self._last
+        shape = (*b.shape[:-1], n)
+        fits = last is not None and last.shape == shape and last.dtype == b.dtype and last.device == b.device
+        return last if fits else None
+
+    def _run(
+        self, A: System, b: Tensor, x: Tensor | None, threshold: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Lanczos | None]:
+        """Iterate until the *true* residual is small, restarting where the recursive one had drifted from it."""
+        budget = self.max_iterations or max(100, 10 * b.shape[-1])
+        ended = iterate(lambda state: self.step(A, state), self.start(A, b, x), threshold, budget)
+        x, done, status, best = self.finish(A, ended.state), ended.iterations, ended.status, None
+        lanczos = self.lanczos(A, done)
+        while True:
+            residual, claimed = ended.state.residual_norm, status == Status.CONVERGED
+            # Only a claim of success is worth a product; a failure is reported by the recursive residual.
+            if bool(claimed.any()):
+                r = b - A(x)
+                residual = vector_norm(r)
+                claimed = claimed & ~self.accepts(A, ended.state, r, threshold)
+            if best is not None:
+                # A restart that does not halve the residual will not do better: rounding rules.
+                stalled = claimed & ~(residual <= 0.5 * best)
+                status = torch.where(stalled, int(Status.STAGNATED), status)
+                claimed = claimed & ~stalled
+            status = torch.where(residual.isfinite(), status, int(Status.NON_FINITE))
+            claimed = claimed & residual.isfinite()
+            if not bool(claimed.any()):
+                return x, done, status, residual, lanczos
+            left = budget - int(done[claimed].max())
+            if left <= 0:
+                status = torch.where(claimed, int(Status.MAX_ITERATIONS), status)
+                return x, done, status, residual, lanczos
+            best = residual
+            # The other systems have ended, well or badly, and stay as they are.
+            limit = torch.where(claimed, threshold, torch.inf)
+            ended = iterate(lambda state: self.step(A, state), self.start(A, b, x), limit, left)
+            x = torch.where(claimed.unsqueeze(-1), self.finish(A, ended.state), x)
+            done = done + torch.where(claimed, ended.iterations, 0)
+            status = torch.where(claimed, ended.status, status)

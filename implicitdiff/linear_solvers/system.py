@@ -1,0 +1,47 @@
+"""The linear system as the solvers work with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .._lanczos import Notes
+from ..operators import LinearOperator
+
+Preconditioner = Callable[[LinearOperator], Callable[[Tensor], Tensor]]
+"""From the operator A to v ↦ M⁻¹ v, M ≈ A. It is given the operator that is solved with, so Aᵀ in a backward pass."""
+
+
+class System(LinearOperator):
+    """The operator that a solver works with: it counts the products and carries the preconditioner."""
+
+    def __init__(self, A: LinearOperator, b: Tensor, precondition: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__(
+            A.shape, structure=A.structure, batch_shape=A.batch_shape, dtype=A.dtype or b.dtype, device=b.device
+        )
+        self.A, self.matvecs, self.diagonal_is_cheap = A, 0, A.diagonal_is_cheap
+        self.notes: Notes = []
+        """What a method leaves at each step, for what it tells of the spectrum."""
+        self.precondition = precondition or (lambda v: v)
+        """v ↦ M⁻¹ v; the identity without a preconditioner."""
+
+    def matvec(self, v: Tensor) -> Tensor:
+        self.matvecs += 1
+        return self.A.matvec(v)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        self.matvecs += 1
+        return self.A.rmatvec(v)
+
+    def to_dense(self) -> Tensor:
+        self.matvecs += self.shape[1]
+        return self.A.to_dense() if self.A.dtype is not None else super().to_dense()
+
+    def diagonal(self) -> Tensor:
+        return self.A.diagonal() if self.A.dtype is not None else super().diagonal()
+
+
+def initial(A: System, b: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The first iterate and its residual; the start at zero needs no product."""
+    return (b.new_zeros(*b.shape[:-1], A.shape[1]), b) if x0 is None else (x0, b - A(x0))
