@@ -106,6 +106,7 @@ def _systems() -> list[System]:
     clusters = torch.cat([vector(1.0).expand(10), vector(2.0).expand(5), vector(10.0), 5 + 1e-9 * spread(10, 4)])
     singular = rotated(torch.cat([vector(0, 0, 0), spread(10, 12)]), 5)
     in_range = singular @ random(8, 15)
+    ill = torch.stack([vector(3.9, 1.65), vector(6.845, 2.9)])
     general = with_singular_values(1 + torch.linspace(0, 1, 30, dtype=torch.float64), 9) * 0.3
     general = general + torch.eye(30, dtype=torch.float64)
     contraction = eye - 0.3 * with_singular_values(torch.linspace(0.1, 1, 12, dtype=torch.float64), 11)
@@ -121,6 +122,7 @@ def _systems() -> list[System]:
         chosen("general", general, 4, "general", 10),
         chosen("contraction", contraction, 2, "general", 12),
         chosen("cyclic shift", eye.roll(1, 0), 1, "general", 13),
+        chosen("2 by 2", ill, float(torch.linalg.cond(ill)), "general", 14),
     ]
 
 

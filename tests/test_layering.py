@@ -17,7 +17,7 @@ ROWS = (
     ("operators.block_diagonal", "operators.diagonal", "operators.low_rank", "operators.sparse"),
     ("operators",),
     ("_jacobian", "_linear_problem", "conditions", "preconditioners"),
-    ("linear_solvers._operator_family", "linear_solvers.system"),
+    ("linear_solvers._operator_family", "linear_solvers._structured", "linear_solvers.system"),
     ("linear_solvers.base",),
     ("linear_solvers.iterative",),
     (

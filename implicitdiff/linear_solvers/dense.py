@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..info import LinearSolution, Status
-from ..operators import LinearOperator
+from .._vectors import scaled_norm, vector_norm
+from ..info import FailurePolicy, LinearSolution, SolveInfo, Status
+from ..operators import LinearOperator, Transpose
+from ._structured import solve_structured
 from .base import LinearSolver
 from .system import System
+
+REFINEMENTS = 6
+"""Products that a kept factorisation may cost before a new one is made."""
+
+Inverse = Callable[[Tensor, bool], Tensor]
+"""b of shape (*batch, n) ↦ A⁻¹ b, or A⁻ᴴ b where the flag is set."""
 
 
 class Dense(LinearSolver):
     """Forms the matrix by n products and factorises it: for small systems, also many of them at once.
 
-    Cholesky where the structure is symmetric and the matrix turns out positive definite; otherwise the eigenvalue
-    decomposition for symmetric and LU for general structure. A singular matrix gives the least-squares solution of
-    minimum norm; where that does not solve the system, the report says BREAKDOWN.
+    By structure: Cholesky where a symmetric matrix turns out positive definite, the eigenvalue decomposition where it
+    does not; LU where it is general. A singular or rectangular matrix gives the least-squares solution of minimum norm;
+    where that does not solve a square system, the report says BREAKDOWN. Diagonal, sparse (by SuperLU) and
+    block-diagonal operators and their :class:`~implicitdiff.operators.LowRankUpdate` (by Woodbury's identity) are
+    solved as they are.
+
+    ``warm_start=True`` keeps the last factorisation and refines with it while that converges fast: where the same
+    solver serves Newton's forward pass and the backward pass, or step after step of a training, most solves then take
+    a few products in the place of n.
 
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
@@ -26,32 +41,85 @@ class Dense(LinearSolver):
     tensor([3., 1.])
     """
 
+    def __init__(
+        self, *, rtol: float = 1e-6, atol: float = 0.0, warm_start: bool = False, on_failure: FailurePolicy = "warn"
+    ) -> None:
+        super().__init__(rtol=rtol, atol=atol, on_failure=on_failure)
+        self.warm_start = warm_start
+        self._kept: tuple[tuple[object, ...], bool, Inverse] | None = None
+
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         system = System(A, b)
-        matrix = system.to_dense()
-        x = _by_structure(matrix, b.unsqueeze(-1), A.is_symmetric).squeeze(-1)
-        zero = torch.zeros(b.shape[:-1], dtype=torch.int64, device=b.device)
-        info = self._info(system, b, x, zero, zero + int(Status.BREAKDOWN))
+        x, steps = self._refined(system, b), torch.zeros(b.shape[:-1], dtype=torch.int64, device=b.device)
+        if x is None:
+            x = solve_structured(A, b)
+        if x is None:
+            x = self._factorised(system, b)
+        info = self._info(system, b, x, steps, steps + int(Status.BREAKDOWN))
+        if not A.is_square:
+            return LinearSolution(x, self._least_squares_info(system, b, x, info))
         # A small residual is what rounding leaves; a singular matrix leaves a large one.
         rounded = (info.status == Status.BREAKDOWN) & (info.residual_norm < torch.finfo(b.dtype).eps ** 0.5)
         status = torch.where(rounded, int(Status.STAGNATED), info.status)
         return LinearSolution(x, replace(info, status=status))
 
+    def _factorised(self, system: System, b: Tensor) -> Tensor:
+        if 0 in (*system.shape, *b.shape):
+            return b.new_zeros(*b.shape[:-1], system.shape[1])
+        matrix = system.to_dense()
+        finite = bool(matrix.isfinite().all()) and bool(b.isfinite().all())
+        if not (finite and system.is_square):
+            return _system_by_system(matrix, b.unsqueeze(-1), system.is_symmetric).squeeze(-1)
+        inverse = _inverse(matrix, system.is_symmetric)
+        if self.warm_start:
+            self._kept = (_key(system), isinstance(system.A, Transpose), inverse)
+        return inverse(b, False)
 
-def _by_structure(matrix: Tensor, b: Tensor, symmetric: bool) -> Tensor:
-    if matrix.shape[-1] == 0:
-        return torch.zeros_like(b)
-    if not bool(matrix.isfinite().all()) or not bool(b.isfinite().all()):
-        return _system_by_system(matrix, b, symmetric)
+    def _refined(self, system: System, b: Tensor) -> Tensor | None:
+        """The solution by the kept factorisation; None where there is none, or it does not bring b's system to rtol."""
+        if self._kept is None or self._kept[0] != _key(system):
+            return None
+        _, transposed, inverse = self._kept
+        adjoint = not system.is_symmetric and transposed != isinstance(system.A, Transpose)
+        limit = torch.clamp(self.rtol * scaled_norm(b), min=self.atol)
+        x, r, before = torch.zeros_like(b), b, torch.full_like(limit, torch.inf)
+        for _ in range(REFINEMENTS):
+            x = x + inverse(r, adjoint)
+            r = b - system(x)
+            norm = scaled_norm(r)
+            if bool((norm <= limit).all()):
+                return x
+            if not bool(((norm <= limit) | (norm <= 0.5 * before)).all()):
+                return None
+            before = norm
+        return None
+
+    def _least_squares_info(self, system: System, b: Tensor, x: Tensor, info: SolveInfo) -> SolveInfo:
+        """Of a rectangular system, a solution is also the x that no other one comes nearer with (as in LSMR)."""
+        r = b - system(x)
+        size = vector_norm(system.rmatvec(b)) / vector_norm(b).clamp(min=torch.finfo(b.dtype).tiny)
+        best = vector_norm(system.rmatvec(r)) <= self.rtol * size * vector_norm(r)
+        status = torch.where(best & (info.status == Status.BREAKDOWN), int(Status.CONVERGED), info.status)
+        return replace(info, status=status, converged=status == Status.CONVERGED, matvecs=system.matvecs)
+
+
+def _key(system: System) -> tuple[object, ...]:
+    return system.shape, system.batch_shape, system.dtype, system.device, system.is_symmetric
+
+
+def _inverse(matrix: Tensor, symmetric: bool) -> Inverse:
+    """The inverse of finite square matrices (*batch, n, n); the pseudo-inverse where one is singular up to rounding."""
     if symmetric:
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not (bool(failed.any()) or _is_singular(factor, power=2)):
-            return torch.cholesky_solve(b, factor)
-        return _by_eigenvalues(matrix, b)
+            return lambda b, adjoint: torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
+        pseudo = _pseudo_inverse_of_symmetric(matrix)
+        return lambda b, adjoint: pseudo(b)
     factor, pivots, failed = torch.linalg.lu_factor_ex(matrix)
     if bool(failed.any()) or _is_singular(factor):
-        return torch.linalg.pinv(matrix) @ b
-    return torch.linalg.lu_solve(factor, pivots, b)
+        inverse = torch.linalg.pinv(matrix)
+        return lambda b, adjoint: ((inverse.mH if adjoint else inverse) @ b.unsqueeze(-1)).squeeze(-1)
+    return lambda b, adjoint: torch.linalg.lu_solve(factor, pivots, b.unsqueeze(-1), adjoint=adjoint).squeeze(-1)
 
 
 def _is_singular(factor: Tensor, power: int = 1) -> bool:
@@ -61,21 +129,26 @@ def _is_singular(factor: Tensor, power: int = 1) -> bool:
     return bool((pivots.amin(-1) <= smallest).any())
 
 
-def _by_eigenvalues(matrix: Tensor, b: Tensor) -> Tensor:
+def _pseudo_inverse_of_symmetric(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     values, vectors = torch.linalg.eigh(matrix)
     cutoff = torch.finfo(values.dtype).eps * values.shape[-1] * values.abs().amax(-1, keepdim=True)
     kept = values.abs() > cutoff
-    inverse = torch.where(kept, 1 / torch.where(kept, values, 1), 0).unsqueeze(-1)
-    return vectors @ (inverse * (vectors.mH @ b))
+    reciprocal = torch.where(kept, 1 / torch.where(kept, values, 1), 0).unsqueeze(-1)
+    return lambda b: (vectors @ (reciprocal * (vectors.mH @ b.unsqueeze(-1)))).squeeze(-1)
 
 
 def _system_by_system(matrix: Tensor, b: Tensor, symmetric: bool) -> Tensor:
-    """LAPACK raises on a NaN anywhere in a batch: the finite systems are solved, the others are NaN."""
+    """For rectangular matrices, and for those with a NaN, at which LAPACK raises wherever it stands in a batch.
+
+    b has the shape (*batch, m, 1). The finite systems are solved, the others are NaN.
+    """
     shape = torch.broadcast_shapes(matrix.shape[:-2], b.shape[:-2])
     matrices = matrix.expand(*shape, *matrix.shape[-2:]).reshape(-1, *matrix.shape[-2:])
     vectors = b.expand(*shape, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
     finite = matrices.isfinite().flatten(1).all(-1) & vectors.isfinite().flatten(1).all(-1)
-    x = torch.full_like(vectors, torch.nan)
-    if bool(finite.any()):
-        x[finite] = _by_structure(matrices[finite], vectors[finite], symmetric)
-    return x.reshape(*shape, *b.shape[-2:])
+    x = vectors.new_full((len(vectors), matrix.shape[-1], 1), torch.nan)
+    if bool(finite.any()) and matrix.shape[-1] == matrix.shape[-2]:
+        x[finite] = _inverse(matrices[finite], symmetric)(vectors[finite].squeeze(-1), False).unsqueeze(-1)
+    elif bool(finite.any()):
+        x[finite] = torch.linalg.pinv(matrices[finite]) @ vectors[finite]
+    return x.reshape(*shape, *x.shape[-2:])

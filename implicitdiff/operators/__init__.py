@@ -1,6 +1,6 @@
 """Linear operators: matrices known by their products with plain tensors of shape (*batch, n)."""
 
-from .base import DenseOperator, FunctionOperator, LinearOperator, Structure, check_structure
+from .base import DenseOperator, FunctionOperator, LinearOperator, Structure, Transpose, check_structure
 from .block_diagonal import BlockDiagonalOperator
 from .diagonal import DiagonalOperator
 from .low_rank import LowRankUpdate
@@ -15,5 +15,6 @@ __all__ = [
     "LowRankUpdate",
     "SparseOperator",
     "Structure",
+    "Transpose",
     "check_structure",
 ]

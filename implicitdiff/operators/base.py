@@ -93,7 +93,7 @@ class LinearOperator(ABC):
     @property
     def T(self) -> LinearOperator:
         """The transpose (the adjoint, for complex operators)."""
-        return self if self.is_symmetric else _Transpose(self)
+        return self if self.is_symmetric else Transpose(self)
 
     @property
     def is_square(self) -> bool:
@@ -205,7 +205,9 @@ class FunctionOperator(LinearOperator):
         return torch.func.vjp(self._matvec, v.new_zeros(*v.shape[:-1], self.shape[1]))[1](v)[0]
 
 
-class _Transpose(LinearOperator):
+class Transpose(LinearOperator):
+    """Aᵀ (Aᴴ, for complex operators); ``A.T`` makes it."""
+
     def __init__(self, A: LinearOperator) -> None:
         super().__init__(
             A.shape[::-1], structure=A.structure, batch_shape=A.batch_shape, dtype=A.dtype, device=A.device

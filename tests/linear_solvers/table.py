@@ -146,9 +146,9 @@ def check_scales(make: Maker, system: System, dtype: torch.dtype = torch.float64
     x = solution.value.double() / torch.tensor([[1.0], [1.0], [1e-30], [1e30]], dtype=torch.float64)
     for i in (2, 3):
         assert float((x[i] - x[0]).norm()) <= 2 * system.condition * RTOL[dtype] * float(x[0].norm())
-        # ‖b‖ is not a power of two, so that b / ‖b‖ rounds otherwise at another scale.
+        # ‖b‖ is not a power of two, so that b / ‖b‖ rounds, and residuals drift, otherwise at another scale.
         steps, at_one = (int(solution.info.iterations[j]) for j in (i, 0))
-        assert abs(steps - at_one) <= 1 + 0.05 * at_one
+        assert abs(steps - at_one) <= 1 + 0.1 * at_one
 
 
 def check_per_system(make: Maker, dtype: torch.dtype = torch.float64) -> None:

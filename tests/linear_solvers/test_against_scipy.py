@@ -28,6 +28,18 @@ CASES = [
     ("GMRES", "T² − √3·I"),
     ("GMRES(5)", "general"),
     ("GMRES(5)", "contraction"),
+    ("GMRES", "2 by 2"),
+    ("BiCGStab", "definite"),
+    ("BiCGStab", "Poisson"),
+    ("BiCGStab", "singular"),
+    ("BiCGStab", "general"),
+    ("BiCGStab", "contraction"),
+    ("LSMR", "definite"),
+    ("LSMR", "indefinite"),
+    ("LSMR", "singular"),
+    ("LSMR", "general"),
+    ("LSMR", "cyclic shift"),
+    ("LSMR", "2 by 2"),
 ]
 
 
@@ -41,6 +53,8 @@ def iterations_of_scipy(name: str, system: System) -> int:
     if method == "minres":
         # SciPy stops it by ‖r‖ ≤ rtol·‖A‖·‖x‖: count its steps to our criterion instead.
         settings = {"rtol": 1e-14, "callback": lambda x: notes.append(np.linalg.norm(b - A @ x))}
+    if method == "lsmr":
+        return int(scipy.sparse.linalg.lsmr(A, b, atol=0, btol=RTOL, conlim=0, maxiter=10 * len(b))[2])
     if "Jacobi" in name:
         settings["M"] = np.diag(1 / np.diag(A))
     getattr(scipy.sparse.linalg, method)(A, b, **settings)
