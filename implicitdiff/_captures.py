@@ -34,6 +34,16 @@ def is_transformed(tensor: Tensor) -> bool:
     return _functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether a derivative of any kind is taken in the tensor, below whatever vmaps."""
+    while True:
+        if tensor.requires_grad or is_dual(tensor):
+            return True
+        if not is_transformed(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+
+
 def plain_value(tensor: Tensor) -> Tensor:
     """The value below all transforms, the dimensions of the vmaps in front, the outermost first."""
     with temporarily_clear_interpreter_stack():

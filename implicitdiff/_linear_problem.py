@@ -100,6 +100,9 @@ class _SharedOperator(LinearOperator):
         batch_shape = tuple(shape[:-1])
         super().__init__(A.shape, structure=A.structure, batch_shape=batch_shape, dtype=A.dtype, device=A.device)
         self.A, self.shared, self.of_fixed_point = A, tuple(shared), A.of_fixed_point
+        inverse = A.estimated_inverse
+        if inverse is not None:
+            self.estimated_inverse = lambda v: _over_shared(inverse, v, self.shared)
 
     def matvec(self, v: Tensor) -> Tensor:
         return _over_shared(self.A.matvec, v, self.shared)

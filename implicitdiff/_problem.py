@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ._autograd import Problem
 from ._captures import Capture, Substituted, is_transformed, transform_level
 from ._jacobian import JacobianOperator
+from ._limited_memory import LimitedMemory
 from ._linear_problem import LinearProblem, solve_and_report
 from ._tree import Arguments, Vectorizer
 from .conditions import Condition, FixedPoint, Stationary
@@ -62,6 +63,8 @@ class ConditionProblem(Problem):
     captures: tuple[Capture, ...] = ()
     levels: tuple[tuple[int | None, ...], ...] = ()
     """One entry per batch dimension, outermost first: which inputs have it."""
+    inverses: list[LimitedMemory] = field(default_factory=list)
+    """What the inner solver found of A⁻¹; the last one counts. Shared by all forms of this problem."""
 
     def solve(self, x0: Tensor | None, *inputs: Tensor) -> Tensor:
         assert x0 is not None
@@ -166,7 +169,14 @@ class InnerProblem:
             )
         operator = JacobianOperator(self.graph_residual, x, check_structure(self._condition.structure))
         operator.of_fixed_point = isinstance(self._condition, FixedPoint)
+        inverses = self.problem.inverses
+        if inverses and inverses[-1].scale.shape[:-1] == x.shape[:-1]:
+            operator.estimated_inverse = inverses[-1].apply
         return operator
+
+    def leave_inverse(self, inverse: LimitedMemory) -> None:
+        """Leave an estimate of the inverse Hessian for the backward pass."""
+        self.problem.inverses[:] = [inverse]
 
     def hessian(self, x: Tensor) -> LinearOperator:
         """The Hessian of the objective at x: its ``jacobian``."""

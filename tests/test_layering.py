@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = (
     ("_lanczos", "_vectors", "errors"),
+    ("_limited_memory",),
     ("_tree", "info"),
     ("_captures",),
     ("_autograd", "_iteration", "operators.base"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._iteration import iterate
+from .._limited_memory import LimitedMemory
 from .._vectors import vector_norm
 from ..errors import ImplicitDiffError
 from ..info import FailurePolicy, SolveInfo, Status
@@ -41,6 +42,9 @@ class InnerProblem(Protocol):
 
     def hessian(self, x: Tensor) -> LinearOperator:
         """The Hessian of the objective at x."""
+
+    def leave_inverse(self, inverse: LimitedMemory) -> None:
+        """Leave an estimate of the inverse Hessian for the backward pass."""
 
 
 class InnerSolver(ABC):
@@ -81,9 +85,14 @@ class InnerSolver(ABC):
     def step(self, problem: InnerProblem, state: Any) -> Any:
         """The state after one iteration."""
 
+    def leave(self, problem: InnerProblem, state: Any) -> None:
+        """Leave with the problem what the method has learned that may serve the backward pass."""
+        return
+
     def solve(self, problem: InnerProblem, x0: Tensor) -> tuple[Tensor, SolveInfo]:
         """The solution from x0 and its report, without acting on a failure."""
         ended = self.run(problem, x0, lambda state: self.step(problem, state))
+        self.leave(problem, ended.state)
         status, x = ended.status, ended.state.x
         norm = ended.state.residual_norm.detach()
         return x, SolveInfo(ended.iterations, norm, status == Status.CONVERGED, status, 0, type(self).__name__)
@@ -130,6 +139,10 @@ class CallableInnerSolver:
 
     def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
         self.function = function
+
+    def leave(self, problem: InnerProblem, state: Any) -> None:
+        """Leave with the problem what the method has learned that may serve the backward pass."""
+        return
 
     def solve(self, problem: InnerProblem, x0: Tensor) -> tuple[Tensor, SolveInfo]:
         name = getattr(self.function, "__name__", type(self.function).__name__)

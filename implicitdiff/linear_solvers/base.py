@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import solution_of
-from .._captures import dual_level_is_open, is_transformed, transform_level
+from .._captures import dual_level_is_open, is_differentiated, transform_level
 from .._linear_problem import LinearProblem
 from .._vectors import scaled_norm
 from ..errors import ImplicitDiffError
@@ -61,6 +61,9 @@ class LinearSolver(ABC):
         check_not_negative(rtol=rtol, atol=atol)
         self.rtol, self.atol, self.on_failure = rtol, atol, check_policy(on_failure)
 
+    takes_rectangular = False
+    """Whether A may be rectangular; the solution is then the one of least squares."""
+
     @property
     def name(self) -> str:
         """What reports call it."""
@@ -77,15 +80,19 @@ class LinearSolver(ABC):
         ``on_failure="raise"``.
         """
         _check_system(A, b, x0)
+        if not (A.is_square or self.takes_rectangular):
+            raise ValueError(
+                f"{self.name} needs a square operator, but A has the shape {A.shape}: use LSMR() or Dense()."
+            )
         family = OperatorWithCaptures(A)
         captured = family.find(b)
         kept = _Kept()
         problem = LinearProblem(family, False, _Keeping(self, kept), "linear")
         followed = transform_level() or dual_level_is_open()
         x0 = None if x0 is None else x0.detach()
-        if not A.is_square and any(t.requires_grad or is_transformed(t) for t in captured):
+        if not A.is_square and any(map(is_differentiated, captured)):
             raise ImplicitDiffError(
-                f"A is rectangular, {A.shape}, and depends on a tensor that derivatives or a transform follow: a "
+                f"A is rectangular, {A.shape}, and depends on a tensor that a derivative is taken in: a "
                 f"least-squares solution is differentiated in b only. For one in A, minimise ‖A x − b‖² by ArgminLayer."
             )
         if followed or (torch.is_grad_enabled() and any(t.requires_grad for t in (b, *captured))):
@@ -122,6 +129,9 @@ class CallableLinearSolver(LinearSolver):
     def __init__(self, function: Callable[[LinearOperator, Tensor], Tensor]) -> None:
         super().__init__()
         self.function = function
+
+    takes_rectangular = False
+    """Whether A may be rectangular; the solution is then the one of least squares."""
 
     @property
     def name(self) -> str:

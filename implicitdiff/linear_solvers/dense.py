@@ -41,6 +41,8 @@ class Dense(LinearSolver):
     tensor([3., 1.])
     """
 
+    takes_rectangular = True
+
     def __init__(
         self, *, rtol: float = 1e-6, atol: float = 0.0, warm_start: bool = False, on_failure: FailurePolicy = "warn"
     ) -> None:

@@ -52,6 +52,8 @@ class LSMR(IterativeLinearSolver):
     tensor([3.0000])
     """
 
+    takes_rectangular = True
+
     def __init__(
         self,
         *,

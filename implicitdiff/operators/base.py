@@ -58,6 +58,8 @@ class LinearOperator(ABC):
         self.device = device
         self.of_fixed_point = False
         """Whether A = I − ∂T/∂x for an update T, whose own iteration then solves with A."""
+        self.estimated_inverse: Callable[[Tensor], Tensor] | None = None
+        """v ↦ M v with a symmetric M ≈ A⁻¹, where the inner solver has left one."""
 
     @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
@@ -213,6 +215,7 @@ class Transpose(LinearOperator):
             A.shape[::-1], structure=A.structure, batch_shape=A.batch_shape, dtype=A.dtype, device=A.device
         )
         self.A, self.of_fixed_point, self.diagonal_is_cheap = A, A.of_fixed_point, A.diagonal_is_cheap
+        self.estimated_inverse = A.estimated_inverse
 
     def matvec(self, v: Tensor) -> Tensor:
         return self.A.rmatvec(v)

@@ -52,7 +52,7 @@ class SparseOperator(LinearOperator):
 
     def rmatvec(self, v: Tensor) -> Tensor:
         if self._is_followed(v):
-            return _gathered(self.columns, self.rows, self.values.conj(), self.shape[1], v)
+            return _gathered(self.columns, self.rows, self.values.conj_physical(), self.shape[1], v)
         return _multiplied(self.compressed if self.is_symmetric else self._adjoint, v)
 
     @property
@@ -61,7 +61,7 @@ class SparseOperator(LinearOperator):
         if self.is_symmetric:
             return self
         new = SparseOperator.__new__(SparseOperator)
-        new._set(self.columns, self.rows, self.values.conj(), (self.shape[1], self.shape[0]), self.structure)
+        new._set(self.columns, self.rows, self.values.conj_physical(), (self.shape[1], self.shape[0]), self.structure)
         return new
 
     def _is_followed(self, v: Tensor) -> bool:
@@ -75,7 +75,7 @@ class SparseOperator(LinearOperator):
 
     @cached_property
     def _adjoint(self) -> Tensor:
-        return _csr(self.columns, self.rows, self.values.conj(), self.shape[::-1])
+        return _csr(self.columns, self.rows, self.values.conj_physical(), self.shape[::-1])
 
     def to_dense(self) -> Tensor:
         return self.values.new_zeros(self.shape).index_put((self.rows, self.columns), self.values, accumulate=True)
@@ -100,7 +100,7 @@ def _multiplied(matrix: Tensor, v: Tensor) -> Tensor:
 
 def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     entries = torch.stack([rows, columns])
-    matrix = torch.sparse_coo_tensor(entries, values.detach().resolve_conj(), shape, check_invariants=False)
+    matrix = torch.sparse_coo_tensor(entries, values.detach(), shape, check_invariants=False)
     with warnings.catch_warnings():  # that the layout, ten times as fast, is "in beta state"
         warnings.simplefilter("ignore", UserWarning)
         return matrix.to_sparse_csr()
