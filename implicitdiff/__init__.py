@@ -7,7 +7,7 @@
 tensor(0.2500)
 """
 
-from . import conditions, inner_solvers, linear_solvers, operators, preconditioners
+from . import conditions, inner_solvers, linear_solvers, operators, preconditioners, testing
 from .api import attach, implicit
 from .checks import check
 from .conditions import FixedPoint, Root, Stationary
@@ -68,4 +68,5 @@ __all__ = [
     "operators",
     "preconditioners",
     "record",
+    "testing",
 ]

@@ -34,6 +34,9 @@ ROWS = (
     ),
     ("linear_solvers.auto",),
     ("linear_solvers",),
+    ("testing.systems",),
+    ("testing.linear_solver",),
+    ("testing",),
     ("inner_solvers.base",),
     ("inner_solvers._line_search",),
     (

@@ -19,7 +19,7 @@ ROOT_NAMES = {
     *("SolveInfo", "Solution", "LinearSolution", "Status"),
     *("BiCGStab", "LSMR", "NormalCG", "SciPy"),
     *("ConvergenceError", "ConvergenceWarning", "ImplicitDiffError"),
-    *("conditions", "inner_solvers", "linear_solvers", "operators", "preconditioners"),
+    *("conditions", "inner_solvers", "linear_solvers", "operators", "preconditioners", "testing"),
 }
 INNER_SOLVERS = {
     *("GradientDescent", "LBFGS", "NewtonCG", "Newton", "FixedPointIteration", "Anderson"),

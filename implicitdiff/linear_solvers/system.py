@@ -40,7 +40,8 @@ class System(LinearOperator):
         return self.A.to_dense() if self.A.dtype is not None else super().to_dense()
 
     def diagonal(self) -> Tensor:
-        return self.A.diagonal() if self.A.dtype is not None else super().diagonal()
+        # The operator's own way, unless that is by products too: they count.
+        return self.A.diagonal() if self.A.diagonal_is_cheap else super().diagonal()
 
 
 def initial(A: System, b: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,20 +12,23 @@ import implicitdiff as idf
 from implicitdiff import Status
 from implicitdiff._jacobian import JacobianOperator
 from implicitdiff.operators import DenseOperator, FunctionOperator
+from implicitdiff.testing.linear_solver import (
+    RTOL,
+    claims_truly,
+    is_indifferent_to_scale,
+    solves,
+    stops_per_system,
+    true_residual,
+)
 
 from ..problems import KNOWN, SYSTEMS, System, random, rotated, second_difference, spread, vector
 from .table import (
     ALL,
     CLAIMS,
     ITERATIVE,
-    RTOL,
     SOLVERS,
+    assert_passes,
     assert_solved,
-    check_never_claims_falsely,
-    check_per_system,
-    check_scales,
-    check_solves,
-    true_residual,
 )
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -42,7 +45,7 @@ def ordinary(name: str) -> System:
 @pytest.mark.parametrize(("name", "system"), CLAIMS)
 def test_solves_what_it_claims(name: str, system: str, dtype: torch.dtype) -> None:
     """Fails for a wrong recurrence, for A in the place of Aᵀ, for systems of a batch that share a step length."""
-    check_solves(SOLVERS[name].make, SYSTEMS[system], dtype)
+    assert_passes(solves(SOLVERS[name].make, SYSTEMS[system], dtype, RTOL[dtype]))
 
 
 @pytest.mark.parametrize("system", sorted(ALL))
@@ -51,21 +54,22 @@ def test_never_claims_falsely(name: str, system: str) -> None:
     """Fails for a solver that trusts its recursive residual: beyond its class, and beyond what rounding allows."""
     limit = {"max_iterations": 40} if SOLVERS[name].iterative or name == "Auto" else {}
     for dtype, rtol in ((torch.float64, 1e-3), (torch.float64, 1e-15), (torch.float32, 1e-7)):
-        check_never_claims_falsely(lambda **s: SOLVERS[name].make(**limit, **s), SYSTEMS[system], dtype, rtol)
+        make = lambda **s: SOLVERS[name].make(**limit, **s)  # noqa: E731
+        assert_passes(claims_truly(make, SYSTEMS[system], dtype, rtol))
 
 
 @DTYPES
 @EACH
 def test_the_scale_of_b_does_not_matter(name: str, dtype: torch.dtype) -> None:
     """Fails for an absolute tolerance, and for ‖b‖² that underflows in float32 (then 1e-30·b is taken for 0)."""
-    check_scales(SOLVERS[name].make, ordinary(name), dtype)
+    assert_passes(is_indifferent_to_scale(SOLVERS[name].make, ordinary(name), dtype, RTOL[dtype]))
 
 
 @DTYPES
 @pytest.mark.parametrize("name", ["CG", "MINRES", "GMRES", "Dense", "Auto"])
 def test_a_batch_of_unequal_conditioning(name: str, dtype: torch.dtype) -> None:
     """Fails for a batch stopped on its mean (or worst, or best) residual."""
-    check_per_system(SOLVERS[name].make, dtype)
+    assert_passes(stops_per_system(SOLVERS[name].make, dtype))
 
 
 @EACH
