@@ -59,4 +59,5 @@ class CG(IterativeLinearSolver):
         ratio = rho / state.rho
         direction = torch.addcmul(z, ratio.unsqueeze(-1), state.direction)
         A.notes.append((length, ratio))
-        return CGState(x, r, direction, rho, vector_norm(r), torch.where(stopped, INDEFINITE, RUNNING))
+        norm = vector_norm(r) if A.is_preconditioned else rho.real.sqrt()  # a pass over r less
+        return CGState(x, r, direction, rho, norm, torch.where(stopped, INDEFINITE, RUNNING))

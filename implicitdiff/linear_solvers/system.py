@@ -24,8 +24,13 @@ class System(LinearOperator):
         self.estimated_inverse = A.estimated_inverse
         self.notes: Notes = []
         """What a method leaves at each step, for what it tells of the spectrum."""
-        self.precondition = precondition or (lambda v: v)
+        self.precondition = precondition or _identity
         """v ↦ M⁻¹ v; the identity without a preconditioner."""
+
+    @property
+    def is_preconditioned(self) -> bool:
+        """Whether ``precondition`` is not the identity."""
+        return self.precondition is not _identity
 
     def matvec(self, v: Tensor) -> Tensor:
         self.matvecs += 1
@@ -42,6 +47,10 @@ class System(LinearOperator):
     def diagonal(self) -> Tensor:
         # The operator's own way, unless that is by products too: they count.
         return self.A.diagonal() if self.A.diagonal_is_cheap else super().diagonal()
+
+
+def _identity(v: Tensor) -> Tensor:
+    return v
 
 
 def initial(A: System, b: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor]:
