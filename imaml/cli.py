@@ -13,7 +13,7 @@ import typer
 
 from . import checkpoint, plots, training
 from .learners import Learner
-from .presets import Algorithm, Config, Tasks, build_learner, build_source
+from .presets import Algorithm, Config, Tasks, build_learner, build_optimizer, build_source
 from .tasks import TaskSource, omniglot
 
 app = typer.Typer(
@@ -56,7 +56,7 @@ def train(
     download: Annotated[bool, typer.Option("--download", help="Fetch the official Omniglot files first.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(min=0.0, help="Of Adam, on the meta-parameters; 0.002 for omniglot, else 0.001.")
+        float | None, typer.Option(min=0.0, help="Of Adam, on the meta-parameters; 0.003 for omniglot, else 0.001.")
     ] = None,
     inner_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the inner solver.")] = None,
     inner_stepsize: Annotated[
@@ -81,7 +81,7 @@ def train(
         data=None if data is None else str(data),
         tasks_per_step=tasks_per_step,
         seed=seed,
-        learning_rate=learning_rate or (2e-3 if tasks is Tasks.omniglot else 1e-3),
+        learning_rate=learning_rate or (3e-3 if tasks is Tasks.omniglot else 1e-3),
         inner_steps=inner_steps,
         inner_stepsize=inner_stepsize,
         regularization=regularization,
@@ -98,7 +98,7 @@ def train(
         source, learner = _build(config)
         run.mkdir(parents=True, exist_ok=True)
         config.write(run)
-        optimizer = torch.optim.Adam(learner.parameters(), lr=config.learning_rate)
+        optimizer = build_optimizer(config, learner)
         done = training.train(
             learner,
             source,

@@ -61,6 +61,8 @@ class ConvNet(nn.Module):
         # under batch norm only their direction counts, and turning takes steps in proportion to their length.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        # Every task draws its labels anew: nothing can be learned of the head, and each task starts from zeros.
+        self.head.requires_grad_(False)
         nn.init.constant_(self.features[-2].weight, FEATURE_SCALE)
         with torch.no_grad():
             for block in self.features[::3]:

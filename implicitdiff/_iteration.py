@@ -63,43 +63,48 @@ def _iterate_one(step: Callable[[State], State], state: State, threshold: Tensor
 
 
 def _iterate_many(step: Callable[[State], State], state: State, threshold: Tensor, max_iterations: int) -> Ended:
-    norm = state.residual_norm.detach()
-    iterations = torch.zeros_like(norm, dtype=torch.int64)
-    status = torch.full_like(norm, RUNNING, dtype=torch.int64)
-    status = torch.where(norm.isfinite(), status, int(Status.NON_FINITE))
-    for count in range(max_iterations + 1):
-        status = torch.where((status == RUNNING) & (norm <= threshold), int(Status.CONVERGED), status)
-        if hasattr(state, "status"):
-            status = torch.where(status == RUNNING, state.status, status)
-        active = status == RUNNING
+    active = _is_running(state, threshold) & state.residual_norm.detach().isfinite()
+    iterations = torch.zeros_like(active, dtype=torch.int64)
+    for _ in range(max_iterations):
         if not any_of(active):
             break
-        if count == max_iterations:
-            status = torch.where(active, int(Status.MAX_ITERATIONS), status)
-            break
         new = step(state)
-        finite = new.residual_norm.detach().isfinite()
-        status = torch.where(active & ~finite, int(Status.NON_FINITE), status)
         iterations = iterations + active
-        state = select(active & finite, new, state)
-        norm = state.residual_norm.detach()
-    return Ended(state, iterations, status)
+        taken = active & new.residual_norm.detach().isfinite()
+        state = select(taken, new, state)
+        active = taken & _is_running(state, threshold)
+    # Who is not there and has not said why made a step that was not finite.
+    status = torch.where(active, int(Status.MAX_ITERATIONS), int(Status.NON_FINITE))
+    if hasattr(state, "status"):
+        status = torch.where(state.status != RUNNING, state.status, status)
+    converged = state.residual_norm.detach() <= threshold
+    return Ended(state, iterations, torch.where(converged, int(Status.CONVERGED), status))
+
+
+def _is_running(state: Any, threshold: Tensor) -> Tensor:
+    running = state.residual_norm.detach() > threshold
+    return running & (state.status == RUNNING) if hasattr(state, "status") else running
 
 
 def select(mask: Tensor, new: State, old: State) -> State:
     """The new state where the mask (*batch,) holds, the old one elsewhere, field by field."""
     if not any_of(~mask):  # the usual case, and a pass over all memory less
         return new
-    return type(new)(*(_where(mask, n, o) for n, o in zip(new, old, strict=True)))
+    column = mask.unsqueeze(-1)
+    return type(new)(*(_where(mask, column, n, o) for n, o in zip(new, old, strict=True)))
 
 
-def _where(mask: Tensor, new: Any, old: Any) -> Any:
+def _where(mask: Tensor, column: Tensor, new: Any, old: Any) -> Any:
     if isinstance(new, tuple):
-        parts = [_where(mask, n, o) for n, o in zip(new, old, strict=True)] if old is not None else new
+        parts = [_where(mask, column, n, o) for n, o in zip(new, old, strict=True)] if old is not None else new
         return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
     if new is old or old is None or not isinstance(new, Tensor):
         return new
-    return torch.where(mask.reshape(mask.shape + (1,) * (new.ndim - mask.ndim)), new, old)
+    if new.ndim > column.ndim:
+        mask = mask.reshape(mask.shape + (1,) * (new.ndim - mask.ndim))
+    elif new.ndim == column.ndim:
+        mask = column
+    return torch.where(mask, new, old)
 
 
 def any_of(mask: Tensor) -> bool:
