@@ -11,6 +11,15 @@ from torch import Tensor
 from ..operators import BlockDiagonalOperator, DiagonalOperator, LinearOperator, LowRankUpdate, SparseOperator
 
 
+def has_direct_solve(A: LinearOperator) -> bool:
+    """Whether A is of a kind that :func:`solve_structured` may solve."""
+    if isinstance(A, BlockDiagonalOperator):
+        return all(map(has_direct_solve, A.blocks))
+    if isinstance(A, LowRankUpdate):
+        return has_direct_solve(A.A)
+    return isinstance(A, (DiagonalOperator, SparseOperator))
+
+
 def solve_structured(A: LinearOperator, b: Tensor) -> Tensor | None:
     """A⁻¹ b for b of shape (*batch, n); None where A has no structure to use, or is singular."""
     if isinstance(A, DiagonalOperator):

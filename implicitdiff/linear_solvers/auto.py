@@ -7,22 +7,29 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..info import FailurePolicy, LinearSolution, Status
-from ..operators import LinearOperator
+from ..operators import LinearOperator, SparseOperator
+from ._structured import has_direct_solve
 from .base import LinearSolver
 from .cg import CG
 from .dense import Dense
 from .gmres import GMRES
+from .lsmr import LSMR
 from .minres import MINRES
 
 DENSE_UP_TO = 64
 """Below this n, one batched sweep for the whole matrix costs less than the steps of an iterative method."""
 
 
+SPARSE_UP_TO = 50_000
+"""Beyond this n the factors of a sparse matrix may fill the memory."""
+
+
 class Auto(LinearSolver):
     """Chooses by structure and size, and says in ``info.method`` what it chose.
 
-    Small systems are factorised (:class:`Dense`). Otherwise general ones go to :class:`GMRES`; symmetric ones to
-    :class:`CG`, continued by :class:`MINRES` where CG meets negative curvature.
+    Systems that are small, or of a structure that is solved directly, are factorised (:class:`Dense`); rectangular ones
+    go to :class:`LSMR`. Of the others, general ones go to :class:`GMRES`, and symmetric ones to :class:`CG`, continued
+    by :class:`MINRES` where CG meets negative curvature.
 
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[2.0, 0.0], [0.0, -1.0]]), structure="symmetric")
@@ -30,6 +37,8 @@ class Auto(LinearSolver):
     >>> solution.value, solution.info.method
     (tensor([ 1., -1.]), 'Auto: Dense, as n = 2 is at most 64')
     """
+
+    takes_rectangular = True
 
     def __init__(
         self,
@@ -43,10 +52,15 @@ class Auto(LinearSolver):
         self._dense = Dense(rtol=rtol, atol=atol)
         self._cg = CG(rtol=rtol, atol=atol, max_iterations=max_iterations)
         self._minres = MINRES(rtol=rtol, atol=atol, max_iterations=max_iterations)
+        self._lsmr = LSMR(rtol=rtol, atol=atol, max_iterations=max_iterations)
         self._gmres = GMRES(rtol=rtol, atol=atol, max_iterations=max_iterations)
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         n = A.shape[0]
+        if not A.is_square:
+            return _said(self._lsmr.solve(A, b, x0), f"Auto: LSMR, as A is rectangular, {A.shape}")
+        if has_direct_solve(A) and (n <= SPARSE_UP_TO or not isinstance(A, SparseOperator)):
+            return _said(self._dense.solve(A, b), f"Auto: Dense, as {type(A).__name__} is solved as it is")
         if n <= DENSE_UP_TO:
             return _said(self._dense.solve(A, b), f"Auto: Dense, as n = {n} is at most {DENSE_UP_TO}")
         if not A.is_symmetric:

@@ -11,7 +11,13 @@ from torch import Tensor
 import implicitdiff as idf
 from implicitdiff import Status
 from implicitdiff._jacobian import JacobianOperator
-from implicitdiff.operators import DenseOperator, FunctionOperator
+from implicitdiff.operators import (
+    DenseOperator,
+    DiagonalOperator,
+    FunctionOperator,
+    LowRankUpdate,
+    SparseOperator,
+)
 from implicitdiff.testing.linear_solver import (
     RTOL,
     claims_truly,
@@ -160,6 +166,22 @@ def test_cg_names_negative_curvature_and_auto_goes_on() -> None:
 def test_auto_chooses_by_structure_and_size(structure: Any, n: int, method: str) -> None:
     A = DenseOperator(2 * torch.eye(n, dtype=torch.float64), structure)
     assert idf.Auto()(A, random(1, n)).info.method.startswith(f"Auto: {method}")
+
+
+def test_auto_uses_the_structure_of_the_operator() -> None:
+    d = spread(10, 200)
+    matrix = second_difference(200)
+    for A, method in (
+        (DiagonalOperator(d), "Auto: Dense, as DiagonalOperator is solved as it is"),
+        (SparseOperator(matrix.to_sparse()), "Auto: Dense, as SparseOperator is solved as it is"),
+        (LowRankUpdate(DiagonalOperator(d), random(1, 200, 2)), "Auto: Dense, as LowRankUpdate is solved as it is"),
+        (LowRankUpdate(DenseOperator(matrix, "symmetric"), random(1, 200, 2)), "Auto: CG, as A is symmetric"),
+        (DenseOperator(random(2, 300, 200)), "Auto: LSMR, as A is rectangular, (300, 200)"),
+    ):
+        b = A @ random(3, 200)
+        solution = idf.Auto(rtol=1e-8)(A, b)
+        assert solution.info.method == method
+        assert_solved(A.to_dense(), solution.value, b, 1e-8)
 
 
 @pytest.mark.parametrize("name", ["MINRES", "GMRES", "Dense"])

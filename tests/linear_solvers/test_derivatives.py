@@ -19,6 +19,10 @@ SOLVERS: dict[str, tuple[Any, Any]] = {
     "CG": (idf.CG, "positive_definite"),
     "MINRES": (idf.MINRES, "symmetric"),
     "GMRES": (idf.GMRES, "general"),
+    "BiCGStab": (idf.BiCGStab, "general"),
+    "NormalCG": (idf.NormalCG, "general"),
+    "LSMR": (idf.LSMR, "general"),
+    "SciPy": (lambda **s: idf.SciPy("lsmr", **s), "general"),
     "Dense": (idf.Dense, "general"),
     "Neumann": (lambda **s: idf.Neumann(terms=40, scale=1.0, **s), "general"),
     "a user's own": (MinimalResidual, "general"),
@@ -105,3 +109,61 @@ def test_a_backward_solve_that_fails_is_reported() -> None:
         (x @ random(7, 12)).backward()
     assert [solve.kind for solve in history] == ["linear", "backward"]
     assert [bool(solve.info.converged) for solve in history] == [True, False]
+
+
+@pytest.mark.parametrize("several", ["jacrev", "vmap over cotangents", "is_grads_batched"])
+def test_several_right_hand_sides_share_one_operator(several: str) -> None:
+    """The objective is evaluated as often for 30 cotangents as for 1: fails for a graph a cotangent."""
+    H, calls = rotated(torch.linspace(1, 9, 30, dtype=torch.float64)), [0]
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        calls[0] += 1
+        return 0.5 * x @ H @ x - x @ t
+
+    layer = idf.ArgminLayer(objective, inner_solver=idf.inner_solvers.NewtonCG(), linear_solver=idf.CG(rtol=1e-10))
+    counts = []
+    for k in (1, 30):
+        t = random(4, 30).requires_grad_()
+        calls[0] = 0
+        with idf.record() as history:
+            if several == "jacrev":
+                rows = jacrev(lambda t, k=k: layer(torch.zeros_like(t), t)[:k])(t.detach())
+            else:
+                x = layer(torch.zeros_like(t), t)
+                eye = torch.eye(30, dtype=torch.float64)[:k]
+                if several == "is_grads_batched":
+                    (rows,) = torch.autograd.grad(x, t, eye, is_grads_batched=True)
+                else:
+                    rows = vmap(lambda g, x=x, t=t: torch.autograd.grad(x, t, g, retain_graph=True)[0])(eye)
+        counts.append(calls[0])
+        torch.testing.assert_close(rows, torch.linalg.inv(H)[:k], rtol=1e-7, atol=1e-10)
+        (backward,) = [solve.info for solve in history if solve.kind == "backward"]
+        assert backward.iterations.shape == (k,)  # one solve, each right-hand side with its own stopping
+    assert counts[0] == counts[1]
+
+
+def test_a_warm_start_saves_iterations_along_a_hyperparameter_optimisation() -> None:
+    """The penalties of a ridge regression by gradient steps on a validation loss; the same path, fewer iterations."""
+    X, y, V, w = random(1, 80, 40), random(2, 80), random(3, 60, 40), random(4, 60)
+
+    def objective(x: Tensor, log_penalty: Tensor) -> Tensor:
+        return 0.5 * ((X @ x - y) ** 2).sum() + 0.5 * (log_penalty.exp() * x * x).sum()
+
+    def run(warm: bool) -> tuple[Tensor, int]:
+        solver = idf.CG(rtol=1e-8, warm_start=warm)
+        layer = idf.ArgminLayer(objective, inner_solver=idf.inner_solvers.NewtonCG(tol=1e-8), linear_solver=solver)
+        log_penalty, total, x = torch.zeros(40, dtype=torch.float64, requires_grad=True), 0, torch.zeros(40).double()
+        for _ in range(30):
+            solution = layer.solve(x, log_penalty)
+            ((V @ solution.value - w) ** 2).mean().backward()
+            assert solution.backward is not None
+            total += int(solution.backward.iterations)
+            with torch.no_grad():
+                log_penalty -= 0.1 * log_penalty.grad
+                log_penalty.grad = None
+            x = solution.value.detach()
+        return log_penalty.detach(), total
+
+    (cold_end, cold), (warm_end, warm) = run(False), run(True)
+    torch.testing.assert_close(warm_end, cold_end, rtol=1e-5, atol=1e-7)
+    assert warm <= 0.7 * cold, (warm, cold)
