@@ -44,20 +44,31 @@ class CG(IterativeLinearSolver):
         x, r = initial(A, b, x0)
         z = A.precondition(r)
         norm = vector_norm(r)
-        return CGState(x, r, z, dot(r, z), norm, torch.full_like(norm, RUNNING, dtype=torch.int64))
+        status = torch.full_like(norm, RUNNING, dtype=torch.int64)
+        if _is_one(r):
+            x, r, z = x.clone(), r.clone(), z.clone()  # the step writes into them
+        return CGState(x, r, z, dot(r, z), norm, status)
 
     def step(self, A: System, state: CGState) -> CGState:
-        Ad = A.matvec(state.direction)
-        curvature = dot(state.direction, Ad).real
+        x, r, d = state.x, state.residual, state.direction
+        Ad = A.matvec(d)
+        curvature = dot(d, Ad).real
         stopped = curvature <= 0  # not so for a NaN, which goes on into the residual and is found there
         length = state.rho / curvature
         alpha = torch.where(stopped, 0, length).unsqueeze(-1)  # a step of length 0 leaves x where it is
-        x = torch.addcmul(state.x, alpha, state.direction)
-        r = torch.addcmul(state.residual, alpha, Ad, value=-1)
+        # The state of a single system is written over: fresh memory for it costs as much as the arithmetic. In a batch,
+        # the old state of a system that has ended is still asked for.
+        to_x, to_r, to_d = (x, r, d) if _is_one(r) else (None, None, None)
+        x = torch.addcmul(x, alpha, d, out=to_x)
+        r = torch.addcmul(r, alpha, Ad, value=-1, out=to_r)
         z = A.precondition(r)
         rho = dot(r, z)
         ratio = rho / state.rho
-        direction = torch.addcmul(z, ratio.unsqueeze(-1), state.direction)
+        d = torch.addcmul(z, ratio.unsqueeze(-1), d, out=to_d)
         A.notes.append((length, ratio))
         norm = vector_norm(r) if A.is_preconditioned else rho.real.sqrt()  # a pass over r less
-        return CGState(x, r, direction, rho, norm, torch.where(stopped, INDEFINITE, RUNNING))
+        return CGState(x, r, d, rho, norm, torch.where(stopped, INDEFINITE, RUNNING))
+
+
+def _is_one(r: Tensor) -> bool:
+    return r.ndim == 1

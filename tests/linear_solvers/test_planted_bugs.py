@@ -31,7 +31,7 @@ class IterateBeforeLast(idf.CG):
     """Computes the residual of the new iterate and returns the old one."""
 
     def step(self, A: Any, state: Any) -> Any:
-        self.before = state.x
+        self.before = state.x.clone()
         return super().step(A, state)
 
     def finish(self, A: Any, state: Any) -> Tensor:
