@@ -42,8 +42,9 @@ class OldResidualInDirection(idf.CG):
     """d ← r_old + β d in the place of r_new + β d."""
 
     def step(self, A: Any, state: Any) -> Any:
+        residual, direction = state.residual.clone(), state.direction.clone()  # the step writes over them
         new = super().step(A, state)
-        return new._replace(direction=state.residual + (new.rho / state.rho).unsqueeze(-1) * state.direction)
+        return new._replace(direction=residual + (new.rho / state.rho).unsqueeze(-1) * direction)
 
 
 class MeanResidual(idf.CG):
