@@ -248,7 +248,9 @@ def test_nothing_to_solve(name: str) -> None:
     assert empty.value.shape == (0, 3)
 
 
-@pytest.mark.parametrize("name", ["CG", "MINRES", "GMRES", "Dense", "Auto"])
+@pytest.mark.parametrize(
+    "name", ["CG", "MINRES", "GMRES", "BiCGStab", "NormalCG", "LSMR", "SciPy: bicgstab", "Dense", "Auto"]
+)
 def test_complex_systems(name: str) -> None:
     """Fails where an inner product or a transpose does not conjugate."""
     M = random(1, 6, 6, dtype=torch.complex128)
