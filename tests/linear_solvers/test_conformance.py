@@ -209,6 +209,15 @@ def test_a_system_that_is_singular_up_to_rounding_is_reported_by_all() -> None:
         torch.testing.assert_close(x, torch.linalg.pinv(A, hermitian=True) @ b, rtol=1e-9, atol=1e-12)
 
 
+def test_a_restart_that_gains_nothing_ends_gmres() -> None:
+    """On the cyclic shift a cycle of fewer than n steps does not lower the residual, nor would any later one."""
+    s, b = SYSTEMS["cyclic shift"], torch.eye(12, dtype=torch.float64)[0]
+    info = idf.GMRES(restart=5, on_failure="ignore")(s.operator(), b).info
+    assert int(info.status) == Status.STAGNATED
+    assert int(info.iterations) == 5
+    assert bool(idf.GMRES(restart=12)(s.operator(), b).info.converged)
+
+
 def test_what_rounding_leaves_is_not_called_singular() -> None:
     """Poisson in float32 beyond its accuracy: no solver may claim it, nor may Dense blame the matrix."""
     s = SYSTEMS["Poisson"]
