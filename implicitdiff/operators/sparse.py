@@ -40,6 +40,28 @@ class SparseOperator(LinearOperator):
             entries = (*matrix.indices(), matrix.values())
         self._set(*entries, (matrix.shape[0], matrix.shape[1]), structure)
 
+    @classmethod
+    def from_entries(
+        cls,
+        rows: Tensor,
+        columns: Tensor,
+        values: Tensor,
+        shape: tuple[int, int],
+        structure: Structure = "general",
+    ) -> SparseOperator:
+        """The operator of the entries A[rows[k], columns[k]] = values[k], those of one place added up.
+
+        For values that torch.func follows, where torch does not make sparse tensors. The three have one shape (k,).
+
+        >>> entries = torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([2.0, 3.0])
+        >>> SparseOperator.from_entries(*entries, shape=(2, 2)).to_dense()
+        tensor([[0., 2.],
+                [3., 0.]])
+        """
+        new = cls.__new__(cls)
+        new._set(rows, columns, values, shape, structure)
+        return new
+
     def _set(self, rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int], structure: Structure) -> None:
         super().__init__(shape, structure=structure, dtype=values.dtype, device=values.device)
         self.rows, self.columns, self.values = rows, columns, values
@@ -60,13 +82,14 @@ class SparseOperator(LinearOperator):
         """The transpose (the adjoint, for complex operators)."""
         if self.is_symmetric:
             return self
-        new = SparseOperator.__new__(SparseOperator)
-        new._set(self.columns, self.rows, self.values.conj_physical(), (self.shape[1], self.shape[0]), self.structure)
-        return new
+        shape = (self.shape[1], self.shape[0])
+        return SparseOperator.from_entries(self.columns, self.rows, self.values.conj_physical(), shape, self.structure)
 
     def _is_followed(self, v: Tensor) -> bool:
-        """Whether derivatives or a transform look on, which torch's sparse products do not serve."""
-        return transform_level() > 0 or (torch.is_grad_enabled() and (self.values.requires_grad or v.requires_grad))
+        """Whether derivatives, a transform or a mode look on, which torch's sparse products do not serve."""
+        if transform_level() or torch._C._is_torch_function_mode_enabled():
+            return True
+        return torch.is_grad_enabled() and (self.values.requires_grad or v.requires_grad)
 
     @cached_property
     def compressed(self) -> Tensor:

@@ -109,6 +109,24 @@ def test_the_derivative_in_the_entries() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("solver", [idf.Dense(), idf.Auto(), idf.LSMR(rtol=1e-12), idf.GMRES(rtol=1e-12)], ids=str)
+def test_a_sparse_operator_under_transforms(solver: idf.LinearSolver) -> None:
+    """From entries, as torch makes no sparse tensors there."""
+    pattern = second_difference(5).to_sparse().coalesce()
+    values, b = pattern.values().clone(), random(1, 5)
+
+    def solve(values: Tensor, b: Tensor) -> Tensor:
+        return solver(SparseOperator.from_entries(*pattern.indices(), values, shape=(5, 5)), b).value
+
+    inverse = torch.linalg.inv(pattern.to_dense())
+    torch.testing.assert_close(torch.func.jacrev(solve, 1)(values, b), inverse, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(torch.func.jacfwd(solve, 1)(values, b), inverse, rtol=1e-8, atol=1e-10)
+    rows, columns = pattern.indices()
+    x = inverse @ b
+    by_values = -inverse[:, rows] * x[columns]
+    torch.testing.assert_close(torch.func.jacrev(solve, 0)(values, b), by_values, rtol=1e-8, atol=1e-10)
+
+
 def counted(matrix: Tensor, calls: list[int], structure: Any = "general") -> FunctionOperator:
     def product(M: Tensor) -> Any:
         def apply(v: Tensor) -> Tensor:
