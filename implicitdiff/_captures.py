@@ -231,8 +231,8 @@ class _Substitution(TorchFunctionMode):
     def check_all_met(self) -> None:
         if self.missing:
             raise ImplicitDiffError(
-                f"{len(self.missing)} of the tensors that the function captured when the layer was called was not met "
-                f"when its derivative was taken: the closure, an attribute or a module's parameter was replaced in "
+                f"of the tensors that the function captured when the layer was called, {len(self.missing)} did not "
+                f"appear when its derivative was taken: the closure, an attribute or a module's parameter was replaced in "
                 f"between, or the function takes another branch. Pass such tensors as arguments of the layer."
             )
 
