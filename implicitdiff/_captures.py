@@ -232,8 +232,8 @@ class _Substitution(TorchFunctionMode):
         if self.missing:
             raise ImplicitDiffError(
                 f"of the tensors that the function captured when the layer was called, {len(self.missing)} did not "
-                f"appear when its derivative was taken: the closure, an attribute or a module's parameter was replaced in "
-                f"between, or the function takes another branch. Pass such tensors as arguments of the layer."
+                f"appear when its derivative was taken: the closure, an attribute or a module's parameter was replaced "
+                f"in between, or the function takes another branch. Pass such tensors as arguments of the layer."
             )
 
 
