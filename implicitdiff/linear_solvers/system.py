@@ -46,7 +46,7 @@ class System(LinearOperator):
 
     def diagonal(self) -> Tensor:
         # The operator's own way, unless that is by products too: they count.
-        return self.A.diagonal() if self.A.diagonal_is_cheap else super().diagonal()
+        return self.A.diagonal() if self.diagonal_is_cheap else self.to_dense().diagonal(dim1=-2, dim2=-1)
 
 
 def _identity(v: Tensor) -> Tensor:
