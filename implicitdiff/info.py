@@ -78,7 +78,7 @@ class SolveInfo:
     method: str
     """The solver, and for ``Auto`` what it chose."""
     estimated_distance: Tensor | None = None
-    """Inner solves: ‖x − x*‖₂ as a Newton step has estimated it."""
+    """Inner solves of a layer with ``polish=True``: ‖x − x*‖₂ before the Newton step, as that step estimates it."""
     lanczos: Lanczos | None = None
     """What CG and MINRES saw of the spectrum; the properties below read it."""
     scale: Tensor | None = None

@@ -11,6 +11,7 @@ from .api import solve_condition
 from .conditions import Condition, FixedPoint, Root, Stationary, Tree
 from .info import Solution
 from .inner_solvers import LBFGS, Anderson, Newton
+from .inner_solvers._polished import Polished
 from .inner_solvers.base import as_inner_solver
 from .linear_solvers import Auto
 from .linear_solvers.base import as_linear_solver
@@ -22,12 +23,14 @@ class ImplicitLayer(nn.Module):
     A function that is a module is registered, so that its parameters are the layer's.
     """
 
-    def __init__(self, function: Any, condition: Condition, inner_solver: Any, linear_solver: Any) -> None:
+    def __init__(
+        self, function: Any, condition: Condition, inner_solver: Any, linear_solver: Any, polish: bool
+    ) -> None:
         super().__init__()
         self.function = function
         self.condition = condition
-        self.inner_solver = inner_solver
         self.linear_solver = as_linear_solver(linear_solver, Auto)
+        self.inner_solver = Polished(inner_solver, self.linear_solver) if polish else inner_solver
 
     def forward(self, init: Tree, *args: Any, **kwargs: Any) -> Tree:
         """The solution, a tree like ``init``, differentiable in args, kwargs and captured tensors, not in init."""
@@ -49,6 +52,8 @@ class ArgminLayer(ImplicitLayer):
       :class:`~implicitdiff.inner_solvers.InnerSolver`, or any callable ``(problem, x0) -> x``.
     * ``linear_solver``: solves with the Hessian for derivatives; :class:`~implicitdiff.Auto` by default. A
       :class:`~implicitdiff.LinearSolver`, or any callable ``(A, b) -> x``.
+    * ``polish``: one Newton step after the inner solver, by ``linear_solver``. It squares the error of the derivative
+      and fills ``solution.forward.distance``.
 
     Raises :class:`~implicitdiff.ImplicitDiffError` where the objective is not a scalar or init not a tree of floating
     point tensors; warns with :class:`~implicitdiff.ConvergenceWarning` where a solve failed.
@@ -62,9 +67,14 @@ class ArgminLayer(ImplicitLayer):
     """
 
     def __init__(
-        self, objective: Callable[..., Tensor], *, inner_solver: Any = None, linear_solver: Any = None
+        self,
+        objective: Callable[..., Tensor],
+        *,
+        inner_solver: Any = None,
+        linear_solver: Any = None,
+        polish: bool = False,
     ) -> None:
-        super().__init__(objective, Stationary(objective), as_inner_solver(inner_solver, LBFGS), linear_solver)
+        super().__init__(objective, Stationary(objective), as_inner_solver(inner_solver, LBFGS), linear_solver, polish)
 
 
 class RootLayer(ImplicitLayer):
@@ -80,8 +90,15 @@ class RootLayer(ImplicitLayer):
             [0.0000, 0.1667]])
     """
 
-    def __init__(self, residual: Callable[..., Tree], *, inner_solver: Any = None, linear_solver: Any = None) -> None:
-        super().__init__(residual, Root(residual), as_inner_solver(inner_solver, Newton), linear_solver)
+    def __init__(
+        self,
+        residual: Callable[..., Tree],
+        *,
+        inner_solver: Any = None,
+        linear_solver: Any = None,
+        polish: bool = False,
+    ) -> None:
+        super().__init__(residual, Root(residual), as_inner_solver(inner_solver, Newton), linear_solver, polish)
 
 
 class FixedPointLayer(ImplicitLayer):
@@ -96,5 +113,12 @@ class FixedPointLayer(ImplicitLayer):
     tensor(0.2500)
     """
 
-    def __init__(self, update: Callable[..., Tree], *, inner_solver: Any = None, linear_solver: Any = None) -> None:
-        super().__init__(update, FixedPoint(update), as_inner_solver(inner_solver, Anderson), linear_solver)
+    def __init__(
+        self,
+        update: Callable[..., Tree],
+        *,
+        inner_solver: Any = None,
+        linear_solver: Any = None,
+        polish: bool = False,
+    ) -> None:
+        super().__init__(update, FixedPoint(update), as_inner_solver(inner_solver, Anderson), linear_solver, polish)

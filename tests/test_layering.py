@@ -38,7 +38,7 @@ ROWS = (
     ("testing.linear_solver",),
     ("testing",),
     ("inner_solvers.base",),
-    ("inner_solvers._line_search",),
+    ("inner_solvers._line_search", "inner_solvers._polished"),
     (
         "inner_solvers.anderson",
         "inner_solvers.fixed_point_iteration",

@@ -478,3 +478,45 @@ def test_a_warning_names_the_line_of_the_user(stage: str) -> None:
     with pytest.warns(idf.ConvergenceWarning) as caught:
         layer(torch.zeros(2), t).sum().backward()
     assert {warning.filename for warning in caught} == {__file__}
+
+
+@pytest.mark.parametrize("kind", ["argmin", "root", "fixed point"])
+def test_polish_squares_the_error_and_estimates_the_distance(kind: str) -> None:
+    """Fails for a step with Aᵀ, or by the gradient in the place of F; of a batch under vmap too."""
+    M = torch.tensor([[3.0, 0.5], [0.5, 2.0]], dtype=D)
+    cubic = lambda x, t: M @ x + 0.1 * x**3 - t  # noqa: E731
+    settings = {"max_iterations": 12, "on_failure": "ignore"}
+    inner = idf.inner_solvers.FixedPointIteration(**settings) if kind == "fixed point" else None
+    if kind == "argmin":
+        make, function = idf.ArgminLayer, lambda x, t: 0.5 * x @ M @ x + 0.025 * (x**4).sum() - x @ t
+        inner = idf.inner_solvers.GradientDescent(0.25, **settings)
+    elif kind == "root":
+        make, function = idf.RootLayer, cubic
+        inner = lambda problem, x0: x0 + 0.01  # noqa: E731
+    else:
+        make, function = idf.FixedPointLayer, lambda x, t: x - 0.25 * cubic(x, t)
+    exact = idf.RootLayer(cubic, inner_solver=Newton(tol=1e-14))
+    t = torch.tensor([[1.0, 2.0], [-3.0, 0.5]], dtype=D)
+    start = vmap(lambda t: exact(torch.zeros(2, dtype=D), t))(t) if kind == "root" else torch.zeros(2, 2, dtype=D)
+
+    def derivative(layer: Any) -> Any:
+        return vmap(torch.func.jacrev(lambda x0, t: layer(x0, t), 1))(start, t)
+
+    wanted = derivative(exact)
+    rough, polished = (derivative(make(function, inner_solver=inner, polish=p)) for p in (False, True))
+    before, after = (float((d - wanted).abs().max()) for d in (rough, polished))
+    assert 1e-8 < before < 1e-1
+    assert after <= 10 * before**2
+    x = make(function, inner_solver=inner)(start[0], t[0])
+    info = make(function, inner_solver=inner, polish=True).solve(start[0], t[0]).forward
+    distance = float((x - exact(start[0], t[0])).norm())
+    assert info.distance is not None
+    assert float(info.distance) == pytest.approx(distance, rel=0.05)
+
+
+def test_polish_keeps_a_solution_that_it_cannot_improve() -> None:
+    layer = idf.RootLayer(
+        lambda x, t: torch.sign(x - t) * (x - t).abs().sqrt(), inner_solver=lambda p, x0: x0, polish=True
+    )
+    t = torch.zeros(1, dtype=D)  # Newton's step goes as far beyond the root: no better
+    assert abs(float(layer.solve(torch.full((1,), 0.25, dtype=D), t).value)) == 0.25
