@@ -10,10 +10,11 @@ tensor(0.2500)
 from . import conditions, inner_solvers, linear_solvers, operators, preconditioners, testing
 from .api import attach, implicit
 from .checks import check
-from .conditions import FixedPoint, Root, Stationary
+from .conditions import KKT, FixedPoint, KKTPoint, Root, Stationary
 from .errors import ConvergenceError, ConvergenceWarning, ImplicitDiffError
 from .info import LinearSolution, Solution, SolveInfo, Status, record
 from .layers import ArgminLayer, FixedPointLayer, RootLayer
+from .least_squares import LeastSquares
 from .linear_solvers import (
     CG,
     GMRES,
@@ -34,6 +35,7 @@ from .unrolled import UnrolledLayer
 __all__ = [
     "CG",
     "GMRES",
+    "KKT",
     "LSMR",
     "MINRES",
     "ArgminLayer",
@@ -46,6 +48,8 @@ __all__ = [
     "FixedPointLayer",
     "ImplicitDiffError",
     "IterativeLinearSolver",
+    "KKTPoint",
+    "LeastSquares",
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",

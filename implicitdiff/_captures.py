@@ -121,10 +121,13 @@ def find_captures(
 
 
 class Substituted:
-    """``function(x, *tensors, *values)``: the function with ``values`` in the places of its captures."""
+    """``function(x, *tensors, *values)``: the function with ``values`` in the places of its captures.
 
-    def __init__(self, function: Callable[..., Tensor], captures: Sequence[Capture]) -> None:
-        self.function, self.captures = function, tuple(captures)
+    A ``part`` of the function that the captures were found in need not meet all of them.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], captures: Sequence[Capture], part: bool = False) -> None:
+        self.function, self.captures, self.part = function, tuple(captures), part
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if not self.captures:
@@ -133,7 +136,8 @@ class Substituted:
         mode = _Substitution(self.captures, inputs[split:])
         with mode:
             out = self.function(*inputs[:split])
-        mode.check_all_met()
+        if not self.part:
+            mode.check_all_met()
         return out
 
 

@@ -12,18 +12,17 @@ from .operators import LinearOperator, Structure
 
 
 class JacobianOperator(LinearOperator):
-    """The Jacobian of ``residual`` at x of shape (*batch, n), block by block.
+    """The Jacobian of ``residual`` at x of shape (*batch, n), block by block; (m, n) for a residual of (*batch, m).
 
     For code on plain tensors only: it calls ``torch.autograd.grad``, which torch.func's transforms do not follow.
     """
 
     def __init__(self, residual: Callable[[Tensor], Tensor], x: Tensor, structure: Structure) -> None:
-        super().__init__(
-            x.shape[-1], structure=structure, batch_shape=tuple(x.shape[:-1]), dtype=x.dtype, device=x.device
-        )
         with torch.enable_grad():
             self._x = x.detach().requires_grad_()
             self._residual = residual(self._x)
+        shape, batch_shape = (self._residual.shape[-1], x.shape[-1]), tuple(x.shape[:-1])
+        super().__init__(shape, structure=structure, batch_shape=batch_shape, dtype=x.dtype, device=x.device)
 
     @property
     def value(self) -> Tensor:
@@ -63,7 +62,12 @@ class JacobianOperator(LinearOperator):
 
     def to_dense(self) -> Tensor:
         # Rows of A by Aᵀ eᵢ: one graph less than columns by A eᵢ.
-        return torch.func.vmap(self.rmatvec)(self._basis()).movedim(0, -2).conj().resolve_conj()
+        m = self.shape[0]
+        rows = torch.eye(m, dtype=self.dtype, device=self.device)
+        rows = rows.reshape(m, *(1 for _ in self.batch_shape), m).expand(m, *self.batch_shape, m)
+        if m == 0:
+            return rows.new_zeros(*self.batch_shape, *self.shape)
+        return torch.func.vmap(self.rmatvec)(rows).movedim(0, -2).conj().resolve_conj()
 
     def diagonal(self) -> Tensor:
         return self.to_dense().diagonal(dim1=-2, dim2=-1)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ._autograd import Problem
-from .info import LinearSolution, report
-from .operators import LinearOperator
+from .info import LinearSolution, SolveInfo, Status, report
+from .operators import LinearOperator, Transpose
 
 
 class OperatorFamily(Protocol):
@@ -54,7 +54,7 @@ class LinearProblem(Problem):
         def product(v: Tensor) -> Tensor:
             return self.family.product(v, *parameters, transposed=self.transposed)
 
-        return _over_shared(product, u, self.shared) - b
+        return _over_shared(product, (u,), self.shared) - b
 
     def linearized(self, x: Tensor, rhs: Tensor, inputs: Sequence[Tensor], *, adjoint: bool) -> tuple[Problem, Any]:
         kind = "backward" if adjoint else "tangent"
@@ -74,23 +74,46 @@ def solve_and_report(
     solver: Any, A: LinearOperator, b: Tensor, x0: Tensor | None, kind: str, sink: weakref.ref[Any] | None
 ) -> LinearSolution:
     """A u = b on plain tensors, its report entered into the records and acted on."""
-    solution: LinearSolution = solver.solve(A, b, x0)
+    solution = _solution(solver, A, b, x0)
+    if A.origin.kinks is not None:
+        solution = replace(solution, info=_not_smooth(solution.info, A.origin.kinks()))
     if sink is not None and (left_for := sink()) is not None:
         left_for.backward = solution.info
     report(kind, solution.info, solver.on_failure)
     return solution
 
 
-def _over_shared(product: Any, v: Tensor, shared: Sequence[bool]) -> Tensor:
-    """Apply a product that lacks the shared batch dimensions to a vector that has them."""
+def _solution(solver: Any, A: LinearOperator, b: Tensor, x0: Tensor | None) -> LinearSolution:
+    """The solution, by way of the support of a forward–backward step where A has one."""
+    support = A.origin.support() if A.origin.support is not None and solver.solves_on_support else None
+    if support is None:
+        return solver.solve(A, b, x0)
+    shared, transposed = (A.shared, A.A) if isinstance(A, _SharedOperator) else ((), A)
+    flag = isinstance(transposed, Transpose)
+    K = _SharedOperator(support.operator, shared, b.shape) if any(shared) else support.operator
+    reduced = solver.solve(K, _over_shared(lambda b: support.reduced(b, flag), (b,), shared), None)
+    value = _over_shared(lambda w, b: support.full(w, b, flag), (reduced.value, b), shared)
+    method = f"{reduced.info.method}, on the support: {support.size} of {support.n}"
+    return LinearSolution(value, replace(reduced.info, method=method))
+
+
+def _not_smooth(info: SolveInfo, kinks: Tensor) -> SolveInfo:
+    """The report where some systems lie at a kink."""
+    kinks = kinks.expand(info.status.shape) & info.converged
+    return replace(
+        info, converged=info.converged & ~kinks, status=torch.where(kinks, int(Status.NOT_SMOOTH), info.status)
+    )
+
+
+def _over_shared(function: Any, vectors: Sequence[Tensor], shared: Sequence[bool]) -> Tensor:
+    """Apply a function that lacks the shared batch dimensions to vectors that have them."""
     places = [i for i, is_shared in enumerate(shared) if is_shared]
     if not places:
-        return product(v)
+        return function(*vectors)
     front = list(range(len(places)))
-    moved = v.movedim(places, front)
-    flat = moved.flatten(0, len(places) - 1)
-    out = torch.func.vmap(product)(flat)
-    return out.unflatten(0, moved.shape[: len(places)]).movedim(front, places)
+    moved = [v.movedim(places, front) for v in vectors]
+    out = torch.func.vmap(function)(*(v.flatten(0, len(places) - 1) for v in moved))
+    return out.unflatten(0, moved[0].shape[: len(places)]).movedim(front, places)
 
 
 class _SharedOperator(LinearOperator):
@@ -99,16 +122,19 @@ class _SharedOperator(LinearOperator):
     def __init__(self, A: LinearOperator, shared: Sequence[bool], shape: torch.Size) -> None:
         batch_shape = tuple(shape[:-1])
         super().__init__(A.shape, structure=A.structure, batch_shape=batch_shape, dtype=A.dtype, device=A.device)
-        self.A, self.shared, self.of_fixed_point = A, tuple(shared), A.of_fixed_point
-        inverse = A.estimated_inverse
-        if inverse is not None:
-            self.estimated_inverse = lambda v: _over_shared(inverse, v, self.shared)
+        self.A, self.shared = A, tuple(shared)
+        inverse, kinks = A.origin.estimated_inverse, A.origin.kinks
+        self.origin = replace(
+            A.origin,
+            estimated_inverse=None if inverse is None else lambda v: _over_shared(inverse, (v,), self.shared),
+            kinks=None if kinks is None else lambda: self._spread(kinks(), trailing=0),
+        )
 
     def matvec(self, v: Tensor) -> Tensor:
-        return _over_shared(self.A.matvec, v, self.shared)
+        return _over_shared(self.A.matvec, (v,), self.shared)
 
     def rmatvec(self, v: Tensor) -> Tensor:
-        return _over_shared(self.A.rmatvec, v, self.shared)
+        return _over_shared(self.A.rmatvec, (v,), self.shared)
 
     def to_dense(self) -> Tensor:
         return self._spread(self.A.to_dense(), trailing=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,11 +15,18 @@ from ._captures import Capture, Substituted, is_transformed, transform_level
 from ._jacobian import JacobianOperator
 from ._limited_memory import LimitedMemory
 from ._linear_problem import LinearProblem, solve_and_report
+from ._support import Support, diagonal_of
 from ._tree import Arguments, Vectorizer
+from ._vectors import GOLDEN, SILVER, probe, vector_norm
 from .conditions import Condition, FixedPoint, Stationary
+from .conditions.proximal_gradient import ForwardBackward
 from .errors import ImplicitDiffError
 from .info import Solution, report
-from .operators import LinearOperator, check_structure
+from .least_squares import LeastSquares
+from .operators import LinearOperator, Origin, check_structure
+
+KINK = 0.1
+"""A change of the derivative, relative to its size, that a step of the size of the solution's error cannot explain."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,22 @@ class Equations:
     condition: Condition
     vectorizer: Vectorizer
     arguments: Arguments
+    minimised: Callable[..., Any] | None
+    """The objective, where there is one."""
+
+    @classmethod
+    def of(
+        cls,
+        condition: Condition,
+        init: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        what: str = "init",
+        objective: Callable[..., Any] | None = None,
+    ) -> Equations:
+        """The equations in the unknowns of ``init``; the objective is the condition's own where it has one."""
+        minimised = getattr(condition, "objective", objective)
+        return cls(condition, Vectorizer.of(init, what), Arguments.of(args, kwargs), minimised)
 
     @property
     def is_stationarity(self) -> bool:
@@ -37,17 +60,39 @@ class Equations:
 
     def primitive(self, x: Tensor, *tensors: Tensor) -> Tensor:
         """The user's own function: the objective of a stationarity condition, the residual of any other."""
+        if self.is_stationarity:
+            return self.objective(x, *tensors)
+        return self.mapped(self.condition.residual)(x, *tensors)
+
+    def objective(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        """The objective, a scalar."""
+        assert self.minimised is not None
         args, kwargs = self.arguments.rebuild(tensors)
-        tree = self.vectorizer.unravel(x)
-        if not isinstance(self.condition, Stationary):
-            return self.vectorizer.ravel(self.condition.residual(tree, *args, **kwargs), "the residual")
-        value = self.condition.objective(tree, *args, **kwargs)
+        value = self.minimised(self.vectorizer.unravel(x), *args, **kwargs)
         if not isinstance(value, Tensor) or value.numel() != 1:
             given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ImplicitDiffError(
                 f"the objective returned {given}, but it must return a scalar tensor: sum or average."
             )
         return value.reshape(())
+
+    def mapped(self, function: Callable[..., Any], numbers: int = 0) -> Callable[..., Tensor]:
+        """A function of the user's, ``(x, *numbers, *args, **kwargs) -> a tree like x``, as one of vectors."""
+
+        def on_vectors(x: Tensor, *inputs: Tensor) -> Tensor:
+            args, kwargs = self.arguments.rebuild(inputs[numbers:])
+            name = getattr(function, "__name__", type(function).__name__)
+            what = "the residual" if name == "residual" else f"what {name} returned"
+            return self.vectorizer.ravel(function(self.vectorizer.unravel(x), *inputs[:numbers], *args, **kwargs), what)
+
+        return on_vectors
+
+    def least_squares(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        """The residual of a least-squares objective, as a vector (m,)."""
+        assert isinstance(self.minimised, LeastSquares)
+        args, kwargs = self.arguments.rebuild(tensors)
+        tree = self.minimised.residual(self.vectorizer.unravel(x), *args, **kwargs)
+        return Vectorizer.of(tree, "the residual").ravel(tree, "the residual")
 
 
 @dataclass(frozen=True)
@@ -101,12 +146,23 @@ class ConditionProblem(Problem):
 
         Only the substituted form sees the inputs that stand for captured tensors; the other one is faster.
         """
-        primitive, count = self.equations.primitive, len(self.equations.arguments.tensors)
+        return self.lifted(self.equations.primitive, substituted)
+
+    def lifted(
+        self, primitive: Callable[..., Tensor], substituted: bool, part: bool = False, numbers: int = 0
+    ) -> Callable[..., Tensor]:
+        """A function of one system, (x, *numbers, *inputs), over all batch dimensions.
+
+        It is ``part`` of the user's function where it need not meet every captured tensor.
+        """
+        count = numbers + len(self.equations.arguments.tensors)
         function: Callable[..., Tensor] = (
-            Substituted(primitive, self.captures) if substituted else lambda x, *inputs: primitive(x, *inputs[:count])
+            Substituted(primitive, self.captures, part)
+            if substituted
+            else lambda x, *inputs: primitive(x, *inputs[:count])
         )
         for dims in reversed(self.levels):
-            function = torch.func.vmap(function, in_dims=(0, *dims))
+            function = torch.func.vmap(function, in_dims=(0, *(0 for _ in range(numbers)), *dims))
         return function
 
     @property
@@ -130,14 +186,18 @@ class InnerProblem:
         substituted: bool = False,
     ) -> None:
         self.problem, self.inputs, self._differentiable = problem, tuple(inputs), differentiable
-        self._function = problem.function(substituted or problem.needs_substitution)
-        self._is_stationarity = problem.equations.is_stationarity
-        self._condition = problem.equations.condition
+        self._substituted = substituted or problem.needs_substitution
+        self._condition, self._is_stationarity = problem.equations.condition, problem.equations.is_stationarity
+        self._function = problem.function(self._substituted)
+        self._objective = self._function if self._is_stationarity else self._part(problem.equations.objective)
+
+    def _part(self, primitive: Callable[..., Tensor], numbers: int = 0) -> Callable[..., Tensor]:
+        return self.problem.lifted(primitive, self._substituted, part=True, numbers=numbers)
 
     def objective(self, x: Tensor) -> Tensor:
         """The objective, of shape (*batch,). Raises ImplicitDiffError for a problem that has none."""
         self._need_objective("objective")
-        return self._function(x, *self.inputs)
+        return self._objective(x, *self.inputs)
 
     def gradient(self, x: Tensor) -> Tensor:
         """The gradient of the objective, of shape (*batch, n). Raises ImplicitDiffError where there is none."""
@@ -150,7 +210,7 @@ class InnerProblem:
             return self._graph_gradient(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            value = self._function(x, *self.inputs)
+            value = self._objective(x, *self.inputs)
             if not value.requires_grad:
                 return value, torch.zeros_like(x)
             (gradient,) = torch.autograd.grad(value.sum(), x, materialize_grads=True)
@@ -168,20 +228,75 @@ class InnerProblem:
                 "not followed: unroll a first-order one (GradientDescent, LBFGS, Anderson), or use an implicit layer."
             )
         operator = JacobianOperator(self.graph_residual, x, check_structure(self._condition.structure))
-        operator.of_fixed_point = isinstance(self._condition, FixedPoint)
+        operator.origin = Origin(of_fixed_point=isinstance(self._condition, FixedPoint))
         inverses = self.problem.inverses
         if inverses and inverses[-1].scale.shape[:-1] == x.shape[:-1]:
-            operator.estimated_inverse = inverses[-1].apply
+            operator.origin.estimated_inverse = inverses[-1].apply
+        if not getattr(self._condition, "smooth", True):
+            operator.origin.kinks = lambda: self._kinks(x, operator.value)
+        if isinstance(self._condition, ForwardBackward):
+            operator.origin.support = lambda: self._support(x)
         return operator
+
+    def _support(self, x: Tensor) -> Support | None:
+        """Where the condition's systems can be solved on the support of its backward step."""
+        condition = cast(ForwardBackward, self._condition)
+        v = self._forward_step(x)
+        d = diagonal_of(self._backward_step(v).rmatvec, v)
+        if d is None:
+            return None
+        return Support(d, self.apply(lambda x, *args, **kwargs: condition.stepsizes(x), x), self.hessian(x))
+
+    def _kinks(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Which systems have a kink of F within the error of x: the derivative differs on two sides of x."""
+        at: Tensor = x
+        derivative: Callable[[Tensor], LinearOperator] = lambda x: JacobianOperator(self.graph_residual, x, "general")  # noqa: E731
+        if isinstance(self._condition, ForwardBackward):  # all its kinks are those of the backward step
+            at, derivative = self._forward_step(x), self._backward_step
+        if not at.numel():
+            return torch.zeros(at.shape[:-1], dtype=torch.bool, device=at.device)
+        v, side = probe(at, GOLDEN), probe(at, SILVER)
+        side = torch.where(v > 1.5, side, -side)
+        size = torch.finfo(at.dtype).eps ** 0.5 * at.abs().amax(-1).clamp(min=1) + 10 * vector_norm(residual)
+        ahead, behind = (derivative(at + sign * size.unsqueeze(-1) * side).rmatvec(v) for sign in (1, -1))
+        largest = torch.maximum(ahead.abs().amax(-1), behind.abs().amax(-1))
+        return (ahead - behind).abs().amax(-1) > KINK * largest
+
+    def _forward_step(self, x: Tensor) -> Tensor:
+        return self.apply(cast(ForwardBackward, self._condition).forward_step, x).detach()
+
+    def _backward_step(self, v: Tensor) -> JacobianOperator:
+        step = cast(ForwardBackward, self._condition).backward_step
+        return JacobianOperator(lambda v: self.apply(step, v), v, "general")
+
+    def apply(self, function: Callable[..., Any], x: Tensor, *numbers: float | Tensor) -> Tensor:
+        """What a function of the user's, ``(x, *numbers, *args, **kwargs) -> a tree like x``, gives for each system.
+
+        ``numbers`` are floats or tensors of shape (*batch,), such as step lengths.
+        """
+        lifted = self._part(self.problem.equations.mapped(function, len(numbers)), len(numbers))
+        values = (n if isinstance(n, Tensor) else x.new_full(x.shape[:-1], n) for n in numbers)
+        return lifted(x, *values, *self.inputs)
+
+    def least_squares_residual(self, x: Tensor) -> Tensor:
+        """r of an objective ½‖r(x)‖², of shape (*batch, m). Raises ImplicitDiffError for another objective."""
+        self._need_least_squares()
+        return self._part(self.problem.equations.least_squares)(x, *self.inputs)
+
+    def least_squares_jacobian(self, x: Tensor) -> JacobianOperator:
+        """∂r/∂x at x, of shape (m, n)."""
+        return JacobianOperator(self.least_squares_residual, x, "general")
 
     def leave_inverse(self, inverse: LimitedMemory) -> None:
         """Leave an estimate of the inverse Hessian for the backward pass."""
         self.problem.inverses[:] = [inverse]
 
     def hessian(self, x: Tensor) -> LinearOperator:
-        """The Hessian of the objective at x: its ``jacobian``."""
+        """The Hessian of the objective at x, an operator whose products share one graph."""
         self._need_objective("hessian")
-        return self.jacobian(x)
+        if self._is_stationarity:
+            return self.jacobian(x)
+        return JacobianOperator(lambda x: self._graph_gradient(x)[1], x, "symmetric")
 
     def graph_residual(self, x: Tensor) -> Tensor:
         return self._graph_gradient(x)[1] if self._is_stationarity else self._function(x, *self.inputs)
@@ -189,23 +304,30 @@ class InnerProblem:
     def _graph_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient with a graph, for what differentiates through them."""
         if transform_level():
-            gradient, value = torch.func.grad(lambda x: _sum_and_value(self._function(x, *self.inputs)), has_aux=True)(
+            gradient, value = torch.func.grad(lambda x: _sum_and_value(self._objective(x, *self.inputs)), has_aux=True)(
                 x
             )
             return value, gradient
         if not x.requires_grad:
             x = x.detach().requires_grad_()
-        value = self._function(x, *self.inputs)
+        value = self._objective(x, *self.inputs)
         if not value.requires_grad:
             return value, torch.zeros_like(x)
         (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True, materialize_grads=True)
         return value, gradient
 
     def _need_objective(self, name: str) -> None:
-        if not self._is_stationarity:
+        if self.problem.equations.minimised is None:
             raise ImplicitDiffError(
                 f"problem.{name} was asked for, but this problem is a root or a fixed point and has no objective: the "
                 f"inner solver must work with problem.residual and problem.jacobian, or belongs into an ArgminLayer."
+            )
+
+    def _need_least_squares(self) -> None:
+        if not isinstance(self.problem.equations.minimised, LeastSquares):
+            raise ImplicitDiffError(
+                "the inner solver works with the residual of a least-squares problem, but the objective is not one: "
+                "give ArgminLayer(implicitdiff.LeastSquares(residual), ...), which minimises ½‖residual‖²."
             )
 
 

@@ -27,6 +27,8 @@ class Vectorizer:
     """The two-way street between a tree of tensors and one vector of shape (n,)."""
 
     spec: pytree.TreeSpec
+    places: tuple[int, ...]
+    """Which leaves are tensors; the others are None, as torch takes None for a leaf."""
     shapes: tuple[torch.Size, ...]
     dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
@@ -35,7 +37,9 @@ class Vectorizer:
 
     @classmethod
     def of(cls, tree: Any, what: str) -> Vectorizer:
-        leaves, spec = pytree.tree_flatten(tree)
+        found, spec = pytree.tree_flatten(tree)
+        places = tuple(i for i, leaf in enumerate(found) if leaf is not None) or tuple(range(len(found)))
+        leaves = [found[i] for i in places]
         for leaf in leaves:
             if not is_differentiable(leaf):
                 given = (
@@ -56,6 +60,7 @@ class Vectorizer:
             dtype = torch.promote_types(dtype, leaf.dtype)
         return cls(
             spec,
+            places,
             tuple(leaf.shape for leaf in leaves),
             tuple(leaf.dtype for leaf in leaves),
             dtype,
@@ -68,9 +73,12 @@ class Vectorizer:
 
     def ravel(self, tree: Any, what: str) -> Tensor:
         """The tree as a vector (n,); raises where its structure or shapes are not this vectorizer's."""
-        leaves, spec = pytree.tree_flatten(tree)
+        found, spec = pytree.tree_flatten(tree)
         if spec != self.spec:
             raise ImplicitDiffError(f"{what} must be a tree like init, {self.spec}, but it is {spec}.")
+        leaves = [found[i] for i in self.places]
+        if any(leaf is not None for i, leaf in enumerate(found) if i not in self.places):
+            raise ImplicitDiffError(f"{what} must be None where init is None, but it has a value there.")
         for leaf, shape in zip(leaves, self.shapes, strict=True):
             if not isinstance(leaf, Tensor):
                 raise ImplicitDiffError(f"{what} must hold tensors like init, but it holds {type(leaf).__name__}.")
@@ -95,7 +103,10 @@ class Vectorizer:
                 part.reshape(shape).to(dtype)
                 for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
             ]
-        return pytree.tree_unflatten(leaves, self.spec)
+        whole: list[Tensor | None] = [None] * self.spec.num_leaves
+        for place, leaf in zip(self.places, leaves, strict=True):
+            whole[place] = leaf
+        return pytree.tree_unflatten(whole, self.spec)
 
 
 def _shapes(shapes: Sequence[torch.Size]) -> str:

@@ -27,3 +27,12 @@ def dot(u: Tensor, v: Tensor) -> Tensor:
 def inner(u: Tensor, v: Tensor) -> Tensor:
     """⟨u, v⟩ over the last dimension, conjugating u, with that dimension kept."""
     return torch.linalg.vecdot(u, v).unsqueeze(-1)
+
+
+GOLDEN, SILVER = 0.6180339887498949, 0.4142135623730951
+
+
+def probe(like: Tensor, irrational: float) -> Tensor:
+    """Entries from 1 to 2 without a simple relation, the same each time: a Weyl sequence, as vmap has no randomness."""
+    places = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
+    return (1 + (places * irrational) % 1).to(like.dtype).reshape(like.shape)

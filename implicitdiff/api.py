@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 from ._autograd import solution_of
 from ._captures import dual_level_is_open, find_captures, plain_value, transform_level
 from ._problem import ConditionProblem, Equations, InnerProblem
-from ._tree import Arguments, Vectorizer
 from .conditions import Condition
 from .errors import ImplicitDiffError
 from .info import FailurePolicy, Solution, SolveInfo
@@ -104,15 +103,19 @@ def solve_condition(
     init: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    objective: Callable[..., Tensor] | None = None,
 ) -> Solution:
-    """The solution of a condition by an inner solver, differentiable in args, kwargs and captured tensors."""
+    """The solution of a condition by an inner solver, differentiable in args, kwargs and captured tensors.
+
+    ``objective`` is what the inner solver may minimise; by default the condition's own, where it has one.
+    """
     if get_proxy_mode() is not None:
         raise ImplicitDiffError(
             "the layer is being traced (torch.func.linearize, make_fx): a solver's control flow depends on values that "
             "a trace does not have. Use torch.func.jvp or jacfwd in place of linearize."
         )
-    vectorizer = Vectorizer.of(init, "init")
-    equations = Equations(condition, vectorizer, Arguments.of(args, kwargs))
+    equations = Equations.of(condition, init, args, kwargs, objective=objective)
+    vectorizer = equations.vectorizer
     solution = Solution(None, None)  # type: ignore[arg-type]  # filled in below
     problem = ConditionProblem(equations, inner_solver, as_linear_solver(linear_solver, Auto), weakref.ref(solution))
     x0 = vectorizer.ravel(init, "init").detach()

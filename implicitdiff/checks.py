@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._jacobian import JacobianOperator
 from ._problem import ConditionProblem, Equations, InnerProblem
-from ._tree import Arguments, Vectorizer, is_differentiable
+from ._tree import is_differentiable
 from .api import check_condition
 from .info import Solution
 from .linear_solvers import Auto
@@ -62,7 +62,7 @@ def check(layer: Callable[..., Any], init: Any, *args: Any, **kwargs: Any) -> Ch
     with torch.enable_grad():
         solution = layer(init, *args, **kwargs)
     report = CheckReport()
-    equations = Equations(condition, Vectorizer.of(solution, "the solution"), Arguments.of(args, kwargs))
+    equations = Equations.of(condition, solution, args, kwargs, "the solution", getattr(layer, "objective", None))
     x = equations.vectorizer.ravel(solution, "the solution").detach()
     tensors = [t.detach() for t in equations.arguments.tensors]
     unsolved = Solution(None, None)  # type: ignore[arg-type]

@@ -40,6 +40,12 @@ class Status(IntEnum):
     """Rounding stopped the progress before the tolerance was reached."""
     NON_FINITE = 5
     """A NaN or an infinity appeared."""
+    NOT_SMOOTH = 6
+    """A system was solved, but x lies at a kink of its condition: the derivative is that of one side."""
+    INFEASIBLE = 7
+    """No point satisfies the constraints; a certificate of that was found."""
+    UNBOUNDED = 8
+    """The objective has no lower bound on the feasible set; a direction that shows it was found."""
 
 
 RUNNING = -1
@@ -53,6 +59,11 @@ _REMEDIES = {
     "use MINRES, Dense() or Auto()",
     Status.STAGNATED: "rounding errors rule: loosen the tolerance, rescale the problem or use float64",
     Status.NON_FINITE: "look for overflow, a division by zero or a log of zero, at the solution or in the cotangent",
+    Status.NOT_SMOOTH: "x lies where its condition has a kink (degenerate: a constraint active with a zero multiplier, "
+    "a coefficient about to enter or leave the support), and the derivative is that of one side: move the arguments "
+    "off it, or smooth the problem",
+    Status.INFEASIBLE: "the constraints contradict each other: relax them, or look for a sign error in them",
+    Status.UNBOUNDED: "the objective falls without end: add constraints or a quadratic term",
 }
 
 
@@ -222,6 +233,11 @@ def _failure_message(kind: str, info: SolveInfo) -> str:
     which = "" if total == 1 else f" for {count} of {total} systems"
     norm = "‖F(x)‖" if kind == "forward" else "relative residual"
     remedies = "; ".join(_REMEDIES.get(s, "") for s in statuses)
+    if statuses == [Status.NOT_SMOOTH]:
+        return (
+            f"{info.method} solved {what}, but not uniquely{which}: NOT_SMOOTH, {remedies}. "
+            f'on_failure="raise" makes this an error, "ignore" silences it.'
+        )
     return (
         f"{info.method} did not solve {what}{which}: {', '.join(s.name for s in statuses)} after at most "
         f"{int(info.iterations.max())} iterations, {norm} up to {worst:.1e}. What to try: {remedies}. "

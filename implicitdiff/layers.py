@@ -7,12 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .api import solve_condition
-from .conditions import Condition, FixedPoint, Root, Stationary, Tree
+from .api import check_condition, solve_condition
+from .conditions import Condition, FixedPoint, Root, Tree
+from .conditions.base import checked_callable
 from .info import Solution
 from .inner_solvers import LBFGS, Anderson, Newton
 from .inner_solvers._polished import Polished
+from .inner_solvers._verified import Verified
 from .inner_solvers.base import as_inner_solver
+from .least_squares import LeastSquares
 from .linear_solvers import Auto
 from .linear_solvers.base import as_linear_solver
 
@@ -22,6 +25,9 @@ class ImplicitLayer(nn.Module):
 
     A function that is a module is registered, so that its parameters are the layer's.
     """
+
+    objective: Callable[..., Tensor] | None = None
+    """What the inner solver may minimise, where the condition does not say it."""
 
     def __init__(
         self, function: Any, condition: Condition, inner_solver: Any, linear_solver: Any, polish: bool
@@ -38,7 +44,9 @@ class ImplicitLayer(nn.Module):
 
     def solve(self, init: Tree, *args: Any, **kwargs: Any) -> Solution:
         """The solution with its reports: ``.value``, ``.forward``, and ``.backward`` once a derivative was taken."""
-        return solve_condition(self.condition, self.inner_solver, self.linear_solver, init, args, kwargs)
+        return solve_condition(
+            self.condition, self.inner_solver, self.linear_solver, init, args, kwargs, self.objective
+        )
 
     def extra_repr(self) -> str:
         return f"inner_solver={self.inner_solver!r}, linear_solver={self.linear_solver!r}"
@@ -52,6 +60,10 @@ class ArgminLayer(ImplicitLayer):
       :class:`~implicitdiff.inner_solvers.InnerSolver`, or any callable ``(problem, x0) -> x``.
     * ``linear_solver``: solves with the Hessian for derivatives; :class:`~implicitdiff.Auto` by default. A
       :class:`~implicitdiff.LinearSolver`, or any callable ``(A, b) -> x``.
+    * ``condition``: what the solution satisfies, for derivatives. None means what the inner solver's own iteration
+      solves (those of proximal and projected gradient, mirror descent and block coordinate descent know theirs, and
+      ``LBFGS`` with bounds), otherwise :class:`~implicitdiff.Stationary`. With one that is given, the report says
+      whether *it* holds at the solution.
     * ``polish``: one Newton step after the inner solver, by ``linear_solver``. It squares the error of the derivative
       and fills ``solution.forward.distance``.
 
@@ -72,9 +84,17 @@ class ArgminLayer(ImplicitLayer):
         *,
         inner_solver: Any = None,
         linear_solver: Any = None,
+        condition: Condition | None = None,
         polish: bool = False,
     ) -> None:
-        super().__init__(objective, Stationary(objective), as_inner_solver(inner_solver, LBFGS), linear_solver, polish)
+        inner_solver = as_inner_solver(inner_solver, LBFGS)
+        if condition is None:
+            condition = inner_solver.condition(objective)
+        else:
+            inner_solver = Verified(inner_solver)
+        function = objective.function if isinstance(objective, LeastSquares) else objective
+        super().__init__(function, check_condition(condition), inner_solver, linear_solver, polish)
+        self.objective = checked_callable(objective, "objective")
 
 
 class RootLayer(ImplicitLayer):

@@ -119,12 +119,12 @@ class InverseLBFGS:
     """
 
     def __call__(self, A: LinearOperator) -> Callable[[Tensor], Tensor]:
-        if A.estimated_inverse is None:
+        if A.origin.estimated_inverse is None:
             raise ImplicitDiffError(
                 "InverseLBFGS() needs the steps of an ArgminLayer's inner solver LBFGS(), but the operator comes from "
                 "elsewhere: give the layer inner_solver=LBFGS(), or take Jacobi() or Nystrom(rank)."
             )
-        return A.estimated_inverse
+        return A.origin.estimated_inverse
 
     def __repr__(self) -> str:
         return "InverseLBFGS()"

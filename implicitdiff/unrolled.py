@@ -13,8 +13,7 @@ from torch.utils import _pytree as pytree
 from ._captures import plain_value
 from ._iteration import any_of, select
 from ._problem import ConditionProblem, Equations, InnerProblem
-from ._tree import Arguments, Vectorizer
-from .conditions import Stationary, Tree
+from .conditions import Tree
 from .info import Solution, SolveInfo, Status, report
 from .inner_solvers.base import InnerSolver
 
@@ -52,7 +51,7 @@ class UnrolledLayer(nn.Module):
             raise ValueError(
                 f"truncate is {truncate!r}, but it must be a whole number of steps of at least 0, or None."
             )
-        self.function, self.condition = objective, Stationary(objective)
+        self.function, self.condition = objective, inner_solver.condition(objective)
         self.inner_solver, self.truncate = inner_solver, truncate
 
     def forward(self, init: Tree, *args: Any, **kwargs: Any) -> Tree:
@@ -61,8 +60,8 @@ class UnrolledLayer(nn.Module):
 
     def solve(self, init: Tree, *args: Any, **kwargs: Any) -> Solution:
         """The solution with the report of the inner solve; there is no linear solve, so no ``.backward``."""
-        vectorizer = Vectorizer.of(init, "init")
-        equations = Equations(self.condition, vectorizer, Arguments.of(args, kwargs))
+        equations = Equations.of(self.condition, init, args, kwargs)
+        vectorizer = equations.vectorizer
         solution = Solution(None, None)  # type: ignore[arg-type]  # filled in below
         problem = ConditionProblem(equations, self.inner_solver, None, weakref.ref(solution))
         differentiable = torch.is_grad_enabled() and self.truncate != 0

@@ -13,7 +13,7 @@ import implicitdiff as idf
 
 ROOT_NAMES = {
     *("ArgminLayer", "RootLayer", "FixedPointLayer", "UnrolledLayer", "implicit", "attach", "check", "record"),
-    *("Root", "FixedPoint", "Stationary"),
+    *("Root", "FixedPoint", "Stationary", "KKT", "KKTPoint", "LeastSquares"),
     *("LinearOperator", "LinearSolver", "IterativeLinearSolver"),
     *("CG", "MINRES", "GMRES", "Neumann", "Dense", "Auto"),
     *("SolveInfo", "Solution", "LinearSolution", "Status"),

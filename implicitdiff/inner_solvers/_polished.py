@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._linear_problem import solve_and_report
 from .._vectors import vector_norm
-from ..info import FailurePolicy, SolveInfo, report
+from ..info import FailurePolicy, SolveInfo
 from ..linear_solvers.base import LinearSolver
 from .base import InnerProblem
 
@@ -31,8 +32,7 @@ class Polished:
     def solve(self, problem: InnerProblem, x0: Tensor) -> tuple[Tensor, SolveInfo]:
         x, info = self.inner_solver.solve(problem, x0)
         residual = problem.residual(x)
-        correction = self.linear_solver.solve(problem.jacobian(x), residual)
-        report("linear", correction.info, self.linear_solver.on_failure)
+        correction = solve_and_report(self.linear_solver, problem.jacobian(x), residual, None, "linear", None)
         distance = vector_norm(correction.value)
         closer = x - correction.value
         norm, before = vector_norm(problem.residual(closer)), vector_norm(residual)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from .._iteration import iterate
 from .._limited_memory import LimitedMemory
 from .._vectors import vector_norm
+from ..conditions import Condition, Stationary
 from ..errors import ImplicitDiffError
 from ..info import FailurePolicy, SolveInfo, Status
 from ..linear_solvers.base import check_max_iterations, check_not_negative, check_policy
@@ -42,6 +43,15 @@ class InnerProblem(Protocol):
 
     def hessian(self, x: Tensor) -> LinearOperator:
         """The Hessian of the objective at x."""
+
+    def apply(self, function: Callable[..., Any], x: Tensor, *numbers: float | Tensor) -> Tensor:
+        """A function of the user's, ``(x, *numbers, *args, **kwargs) -> a tree like x``, at x (*batch, n)."""
+
+    def least_squares_residual(self, x: Tensor) -> Tensor:
+        """r of an objective ½‖r(x)‖², of shape (*batch, m)."""
+
+    def least_squares_jacobian(self, x: Tensor) -> LinearOperator:
+        """∂r/∂x at x, of shape (m, n)."""
 
     def leave_inverse(self, inverse: LimitedMemory) -> None:
         """Leave an estimate of the inverse Hessian for the backward pass."""
@@ -84,6 +94,10 @@ class InnerSolver(ABC):
     @abstractmethod
     def step(self, problem: InnerProblem, state: Any) -> Any:
         """The state after one iteration."""
+
+    def condition(self, objective: Callable[..., Tensor]) -> Condition:
+        """The condition that the method's own iteration solves for an objective; an ``ArgminLayer`` asks for it."""
+        return Stationary(objective)
 
     def leave(self, problem: InnerProblem, state: Any) -> None:
         """Leave with the problem what the method has learned that may serve the backward pass."""
@@ -140,9 +154,8 @@ class CallableInnerSolver:
     def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
         self.function = function
 
-    def leave(self, problem: InnerProblem, state: Any) -> None:
-        """Leave with the problem what the method has learned that may serve the backward pass."""
-        return
+    def condition(self, objective: Callable[..., Tensor]) -> Condition:
+        return Stationary(objective)
 
     def solve(self, problem: InnerProblem, x0: Tensor) -> tuple[Tensor, SolveInfo]:
         name = getattr(self.function, "__name__", type(self.function).__name__)

@@ -65,6 +65,11 @@ class LinearSolver(ABC):
     """Whether A may be rectangular; the solution is then the one of least squares."""
 
     @property
+    def solves_on_support(self) -> bool:
+        """Whether a layer may hand it, in the place of A, the smaller symmetric system on the support of a prox."""
+        return True
+
+    @property
     def name(self) -> str:
         """What reports call it."""
         return type(self).__name__
@@ -130,8 +135,9 @@ class CallableLinearSolver(LinearSolver):
         super().__init__()
         self.function = function
 
-    takes_rectangular = False
-    """Whether A may be rectangular; the solution is then the one of least squares."""
+    @property
+    def solves_on_support(self) -> bool:
+        return False  # it may know the size of A
 
     @property
     def name(self) -> str:

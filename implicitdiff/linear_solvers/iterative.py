@@ -71,6 +71,10 @@ class IterativeLinearSolver(LinearSolver):
         self.warm_start = warm_start
         self._last: Tensor | None = None
 
+    @property
+    def solves_on_support(self) -> bool:
+        return self.preconditioner is None  # which may know the size of A
+
     @abstractmethod
     def start(self, A: System, b: Tensor, x0: Tensor | None) -> Any:
         """The state at x0 (None: at zero), with b scaled to unit norm; b and x0 have the shape (*batch, n)."""

@@ -59,10 +59,14 @@ class Neumann(LinearSolver):
         used = torch.where(norm.squeeze(-1) > 0, self.terms, 0)
         return LinearSolution(x, self._info(system, b, x, used, torch.full_like(used, int(Status.MAX_ITERATIONS))))
 
+    @property
+    def solves_on_support(self) -> bool:
+        return False  # the series is that of A
+
     def _scale(self, system: System, b: Tensor) -> float | Tensor:
         if self.scale is not None:
             return self.scale
-        if system.A.of_fixed_point:
+        if system.A.origin.of_fixed_point:
             return 1.0
         # ‖A‖₂ by power iteration on AᵀA, from below: a small margin keeps I − scale·A a contraction.
         generator = torch.Generator(device=b.device).manual_seed(0)

@@ -21,7 +21,7 @@ class System(LinearOperator):
             A.shape, structure=A.structure, batch_shape=A.batch_shape, dtype=A.dtype or b.dtype, device=b.device
         )
         self.A, self.matvecs, self.diagonal_is_cheap = A, 0, A.diagonal_is_cheap
-        self.estimated_inverse = A.estimated_inverse
+        self.origin = A.origin
         self.notes: Notes = []
         """What a method leaves at each step, for what it tells of the spectrum."""
         self.precondition = precondition or _identity

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Number
 from typing import Any, Literal
 
@@ -22,6 +23,21 @@ def check_structure(structure: Structure) -> Structure:
     if structure not in STRUCTURES:
         raise ValueError(f"structure is {structure!r}, but it must be one of {', '.join(map(repr, STRUCTURES))}.")
     return structure
+
+
+@dataclass
+class Origin:
+    """What is known, beyond its products, of an operator that is the derivative ∂F/∂x of a condition, or of its
+    transpose."""
+
+    of_fixed_point: bool = False
+    """Whether A = I − ∂T/∂x for an update T, whose own iteration then solves with A."""
+    estimated_inverse: Callable[[Tensor], Tensor] | None = None
+    """v ↦ M v with a symmetric M ≈ A⁻¹, where the inner solver has left one."""
+    kinks: Callable[[], Tensor] | None = None
+    """Which systems, (*batch,), lie at a kink of F, so that A is one of several; None where F is smooth."""
+    support: Callable[[], Any] | None = None
+    """The :class:`~implicitdiff._support.Support` on which systems with A are solved; None where there is none."""
 
 
 class LinearOperator(ABC):
@@ -56,10 +72,7 @@ class LinearOperator(ABC):
         self.batch_shape = tuple(batch_shape)
         self.dtype = dtype
         self.device = device
-        self.of_fixed_point = False
-        """Whether A = I − ∂T/∂x for an update T, whose own iteration then solves with A."""
-        self.estimated_inverse: Callable[[Tensor], Tensor] | None = None
-        """v ↦ M v with a symmetric M ≈ A⁻¹, where the inner solver has left one."""
+        self.origin = Origin()
 
     @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
@@ -214,8 +227,7 @@ class Transpose(LinearOperator):
         super().__init__(
             A.shape[::-1], structure=A.structure, batch_shape=A.batch_shape, dtype=A.dtype, device=A.device
         )
-        self.A, self.of_fixed_point, self.diagonal_is_cheap = A, A.of_fixed_point, A.diagonal_is_cheap
-        self.estimated_inverse = A.estimated_inverse
+        self.A, self.origin, self.diagonal_is_cheap = A, A.origin, A.diagonal_is_cheap
 
     def matvec(self, v: Tensor) -> Tensor:
         return self.A.rmatvec(v)
