@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -71,3 +71,42 @@ class JacobianOperator(LinearOperator):
 
     def diagonal(self) -> Tensor:
         return self.to_dense().diagonal(dim1=-2, dim2=-1)
+
+
+class ChunkedJacobian(LinearOperator):
+    """Σ weightᵢ · ∂residualᵢ/∂x, symmetric, the graph of one part at a time: built, used and freed in each product."""
+
+    def __init__(self, parts: Sequence[tuple[float, Callable[[Tensor], Tensor]]], x: Tensor) -> None:
+        n, batch_shape = x.shape[-1], tuple(x.shape[:-1])
+        super().__init__(n, structure="symmetric", batch_shape=batch_shape, dtype=x.dtype, device=x.device)
+        self._parts, self._x = parts, x
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self._summed(lambda part: part.rmatvec(v))
+
+    rmatvec = matvec
+
+    def to_dense(self) -> Tensor:
+        return self._summed(JacobianOperator.to_dense)
+
+    def diagonal(self) -> Tensor:
+        return self.to_dense().diagonal(dim1=-2, dim2=-1)
+
+    def pull_to(self, tensors: list[Tensor], u: Tensor) -> list[Tensor]:
+        """(∂F/∂t)ᵀ u for tensors t that the residuals are computed from."""
+        totals = [torch.zeros_like(t) for t in tensors]
+        for weight, part in self._parts:
+            for total, pulled in zip(totals, self._at(part).pull_to(tensors, u), strict=True):
+                total.add_(pulled, alpha=weight)
+        return totals
+
+    def _at(self, part: Callable[[Tensor], Tensor]) -> JacobianOperator:
+        return JacobianOperator(part, self._x, "symmetric")
+
+    def _summed(self, of: Callable[[JacobianOperator], Tensor]) -> Tensor:
+        total = None
+        for weight, part in self._parts:
+            term = weight * of(self._at(part))
+            total = term if total is None else total.add_(term)
+        assert total is not None
+        return total

@@ -1,7 +1,8 @@
-"""A user's condition as equations between vectors: what the inner solvers see, and what the implicit Function needs."""
+"""A condition at its args: what the implicit Function needs, and what the inner solvers see."""
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,87 +13,20 @@ from torch import Tensor
 
 from ._autograd import Problem
 from ._captures import Capture, Substituted, is_transformed, transform_level
-from ._jacobian import JacobianOperator
+from ._chunks import terms_on_slices
+from ._equations import Equations
+from ._jacobian import ChunkedJacobian, JacobianOperator
+from ._kinks import has_kink
 from ._limited_memory import LimitedMemory
 from ._linear_problem import LinearProblem, solve_and_report
 from ._support import Support, diagonal_of
-from ._tree import Arguments, Vectorizer
-from ._vectors import GOLDEN, SILVER, probe, vector_norm
-from .conditions import Condition, FixedPoint, Stationary
+from ._vectors import vector_norm
+from .conditions import FixedPoint, Stationary
 from .conditions.proximal_gradient import ForwardBackward
 from .errors import ImplicitDiffError
 from .info import Solution, report
 from .least_squares import LeastSquares
 from .operators import LinearOperator, Origin, check_structure
-
-KINK = 0.1
-"""A change of the derivative, relative to its size, that a step of the size of the solution's error cannot explain."""
-
-
-@dataclass(frozen=True)
-class Equations:
-    """A condition with its trees flattened: functions of one system's x of shape (n,) and the tensors of the args."""
-
-    condition: Condition
-    vectorizer: Vectorizer
-    arguments: Arguments
-    minimised: Callable[..., Any] | None
-    """The objective, where there is one."""
-
-    @classmethod
-    def of(
-        cls,
-        condition: Condition,
-        init: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        what: str = "init",
-        objective: Callable[..., Any] | None = None,
-    ) -> Equations:
-        """The equations in the unknowns of ``init``; the objective is the condition's own where it has one."""
-        minimised = getattr(condition, "objective", objective)
-        return cls(condition, Vectorizer.of(init, what), Arguments.of(args, kwargs), minimised)
-
-    @property
-    def is_stationarity(self) -> bool:
-        """Whether the equations are the gradient of a scalar, which the products can then be taken of directly."""
-        return isinstance(self.condition, Stationary)
-
-    def primitive(self, x: Tensor, *tensors: Tensor) -> Tensor:
-        """The user's own function: the objective of a stationarity condition, the residual of any other."""
-        if self.is_stationarity:
-            return self.objective(x, *tensors)
-        return self.mapped(self.condition.residual)(x, *tensors)
-
-    def objective(self, x: Tensor, *tensors: Tensor) -> Tensor:
-        """The objective, a scalar."""
-        assert self.minimised is not None
-        args, kwargs = self.arguments.rebuild(tensors)
-        value = self.minimised(self.vectorizer.unravel(x), *args, **kwargs)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ImplicitDiffError(
-                f"the objective returned {given}, but it must return a scalar tensor: sum or average."
-            )
-        return value.reshape(())
-
-    def mapped(self, function: Callable[..., Any], numbers: int = 0) -> Callable[..., Tensor]:
-        """A function of the user's, ``(x, *numbers, *args, **kwargs) -> a tree like x``, as one of vectors."""
-
-        def on_vectors(x: Tensor, *inputs: Tensor) -> Tensor:
-            args, kwargs = self.arguments.rebuild(inputs[numbers:])
-            name = getattr(function, "__name__", type(function).__name__)
-            what = "the residual" if name == "residual" else f"what {name} returned"
-            return self.vectorizer.ravel(function(self.vectorizer.unravel(x), *inputs[:numbers], *args, **kwargs), what)
-
-        return on_vectors
-
-    def least_squares(self, x: Tensor, *tensors: Tensor) -> Tensor:
-        """The residual of a least-squares objective, as a vector (m,)."""
-        assert isinstance(self.minimised, LeastSquares)
-        args, kwargs = self.arguments.rebuild(tensors)
-        tree = self.minimised.residual(self.vectorizer.unravel(x), *args, **kwargs)
-        return Vectorizer.of(tree, "the residual").ravel(tree, "the residual")
 
 
 @dataclass(frozen=True)
@@ -220,23 +154,50 @@ class InnerProblem:
         """F(x), of shape (*batch, n): the gradient, for an objective."""
         return self.gradient(x) if self._is_stationarity else self._function(x, *self.inputs)
 
-    def jacobian(self, x: Tensor) -> JacobianOperator:
+    def jacobian(self, x: Tensor) -> JacobianOperator | ChunkedJacobian:
         """∂F/∂x at x, an operator on (*batch, n) whose products share one graph."""
         if self._differentiable:
             raise ImplicitDiffError(
                 "an inner solver that uses problem.hessian or problem.jacobian cannot be unrolled, as its products are "
                 "not followed: unroll a first-order one (GradientDescent, LBFGS, Anderson), or use an implicit layer."
             )
-        operator = JacobianOperator(self.graph_residual, x, check_structure(self._condition.structure))
+        operator: JacobianOperator | ChunkedJacobian
+        if isinstance(self._condition, Stationary) and self._condition.chunks is not None:
+            operator = ChunkedJacobian(self._slices(x, *self._condition.chunks), x)
+        else:
+            operator = JacobianOperator(self.graph_residual, x, check_structure(self._condition.structure))
         operator.origin = Origin(of_fixed_point=isinstance(self._condition, FixedPoint))
         inverses = self.problem.inverses
         if inverses and inverses[-1].scale.shape[:-1] == x.shape[:-1]:
             operator.origin.estimated_inverse = inverses[-1].apply
         if not getattr(self._condition, "smooth", True):
-            operator.origin.kinks = lambda: self._kinks(x, operator.value)
+            operator.origin.kinks = lambda: self._kinks(x)
         if isinstance(self._condition, ForwardBackward):
             operator.origin.support = lambda: self._support(x)
         return operator
+
+    def _slices(self, x: Tensor, argument: int | str, dim: int, k: int) -> list[tuple[float, Callable[..., Tensor]]]:
+        """Weights and gradients whose sum is the gradient, each on a slice of the data."""
+        equations = self.problem.equations
+        sliced = equations.arguments.places_of(argument)
+        sizes = sorted({equations.arguments.tensors[i].shape[dim] for i in sliced})
+        if len(sizes) != 1:
+            raise ImplicitDiffError(
+                f"chunks slices the tensors of argument {argument!r} along dimension {dim}, where they have the sizes "
+                f"{sizes}: there must be at least one tensor, and all of one size."
+            )
+
+        def on_slice(start: int, stop: int) -> Callable[[Tensor], Tensor]:
+            def primitive(x: Tensor, *tensors: Tensor) -> Tensor:
+                parts = [t.narrow(dim, start, stop - start) if i in sliced else t for i, t in enumerate(tensors)]
+                return equations.objective(x, *parts)
+
+            function = self._part(primitive)
+            return lambda x: function(x, *self.inputs)
+
+        with torch.no_grad():
+            terms = terms_on_slices(on_slice, sizes[0], k, x)
+        return [(weight, functools.partial(_gradient, term)) for weight, term in terms]
 
     def _support(self, x: Tensor) -> Support | None:
         """Where the condition's systems can be solved on the support of its backward step."""
@@ -247,20 +208,12 @@ class InnerProblem:
             return None
         return Support(d, self.apply(lambda x, *args, **kwargs: condition.stepsizes(x), x), self.hessian(x))
 
-    def _kinks(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Which systems have a kink of F within the error of x: the derivative differs on two sides of x."""
-        at: Tensor = x
-        derivative: Callable[[Tensor], LinearOperator] = lambda x: JacobianOperator(self.graph_residual, x, "general")  # noqa: E731
+    def _kinks(self, x: Tensor) -> Tensor:
+        """Which systems have a kink of F within the error of x."""
+        error = vector_norm(self.residual(x))
         if isinstance(self._condition, ForwardBackward):  # all its kinks are those of the backward step
-            at, derivative = self._forward_step(x), self._backward_step
-        if not at.numel():
-            return torch.zeros(at.shape[:-1], dtype=torch.bool, device=at.device)
-        v, side = probe(at, GOLDEN), probe(at, SILVER)
-        side = torch.where(v > 1.5, side, -side)
-        size = torch.finfo(at.dtype).eps ** 0.5 * at.abs().amax(-1).clamp(min=1) + 10 * vector_norm(residual)
-        ahead, behind = (derivative(at + sign * size.unsqueeze(-1) * side).rmatvec(v) for sign in (1, -1))
-        largest = torch.maximum(ahead.abs().amax(-1), behind.abs().amax(-1))
-        return (ahead - behind).abs().amax(-1) > KINK * largest
+            return has_kink(self._backward_step, self._forward_step(x), error)
+        return has_kink(lambda x: JacobianOperator(self.graph_residual, x, "general"), x, error)
 
     def _forward_step(self, x: Tensor) -> Tensor:
         return self.apply(cast(ForwardBackward, self._condition).forward_step, x).detach()
@@ -303,18 +256,7 @@ class InnerProblem:
 
     def _graph_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient with a graph, for what differentiates through them."""
-        if transform_level():
-            gradient, value = torch.func.grad(lambda x: _sum_and_value(self._objective(x, *self.inputs)), has_aux=True)(
-                x
-            )
-            return value, gradient
-        if not x.requires_grad:
-            x = x.detach().requires_grad_()
-        value = self._objective(x, *self.inputs)
-        if not value.requires_grad:
-            return value, torch.zeros_like(x)
-        (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True, materialize_grads=True)
-        return value, gradient
+        return _graph_gradient(lambda x: self._objective(x, *self.inputs), x)
 
     def _need_objective(self, name: str) -> None:
         if self.problem.equations.minimised is None:
@@ -329,6 +271,23 @@ class InnerProblem:
                 "the inner solver works with the residual of a least-squares problem, but the objective is not one: "
                 "give ArgminLayer(implicitdiff.LeastSquares(residual), ...), which minimises ½‖residual‖²."
             )
+
+
+def _graph_gradient(objective: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    if transform_level():
+        gradient, value = torch.func.grad(lambda x: _sum_and_value(objective(x)), has_aux=True)(x)
+        return value, gradient
+    if not x.requires_grad:
+        x = x.detach().requires_grad_()
+    value = objective(x)
+    if not value.requires_grad:
+        return value, torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True, materialize_grads=True)
+    return value, gradient
+
+
+def _gradient(objective: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return _graph_gradient(objective, x)[1]
 
 
 def _sum_and_value(value: Tensor) -> tuple[Tensor, Tensor]:

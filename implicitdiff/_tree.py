@@ -143,3 +143,16 @@ class Arguments:
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         return args, kwargs
+
+    def places_of(self, argument: int | str) -> tuple[int, ...]:
+        """Which of the tensors belong to one argument, given by its place in args or its keyword."""
+        markers: list[Any] = [object() for _ in self.tensors]
+        args, kwargs = self.rebuild(markers)
+        try:
+            tree = args[argument] if isinstance(argument, int) else kwargs[argument]
+        except (IndexError, KeyError):
+            raise ImplicitDiffError(
+                f"there is no argument {argument!r}: the call has {len(args)} args and the keywords {list(kwargs)}."
+            ) from None
+        inside = {id(leaf) for leaf in pytree.tree_leaves(tree)}
+        return tuple(i for i, marker in enumerate(markers) if id(marker) in inside)

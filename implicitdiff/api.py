@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from ._autograd import solution_of
 from ._captures import dual_level_is_open, find_captures, plain_value, transform_level
-from ._problem import ConditionProblem, Equations, InnerProblem
+from ._equations import Equations
+from ._problem import ConditionProblem, InnerProblem
 from .conditions import Condition
 from .errors import ImplicitDiffError
 from .info import FailurePolicy, Solution, SolveInfo

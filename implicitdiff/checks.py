@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._equations import Equations
 from ._jacobian import JacobianOperator
-from ._problem import ConditionProblem, Equations, InnerProblem
+from ._problem import ConditionProblem, InnerProblem
 from ._tree import is_differentiable
 from .api import check_condition
 from .info import Solution

@@ -1,0 +1,80 @@
+"""A user's condition with its trees flattened: functions of vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ._tree import Arguments, Vectorizer
+from .conditions import Condition, Stationary
+from .errors import ImplicitDiffError
+from .least_squares import LeastSquares
+
+
+@dataclass(frozen=True)
+class Equations:
+    """A condition with its trees flattened: functions of one system's x of shape (n,) and the tensors of the args."""
+
+    condition: Condition
+    vectorizer: Vectorizer
+    arguments: Arguments
+    minimised: Callable[..., Any] | None
+    """The objective, where there is one."""
+
+    @classmethod
+    def of(
+        cls,
+        condition: Condition,
+        init: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        what: str = "init",
+        objective: Callable[..., Any] | None = None,
+    ) -> Equations:
+        """The equations in the unknowns of ``init``; the objective is the condition's own where it has one."""
+        minimised = getattr(condition, "objective", objective)
+        return cls(condition, Vectorizer.of(init, what), Arguments.of(args, kwargs), minimised)
+
+    @property
+    def is_stationarity(self) -> bool:
+        """Whether the equations are the gradient of a scalar, which the products can then be taken of directly."""
+        return isinstance(self.condition, Stationary)
+
+    def primitive(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        """The user's own function: the objective of a stationarity condition, the residual of any other."""
+        if self.is_stationarity:
+            return self.objective(x, *tensors)
+        return self.mapped(self.condition.residual)(x, *tensors)
+
+    def objective(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        """The objective, a scalar."""
+        assert self.minimised is not None
+        args, kwargs = self.arguments.rebuild(tensors)
+        value = self.minimised(self.vectorizer.unravel(x), *args, **kwargs)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ImplicitDiffError(
+                f"the objective returned {given}, but it must return a scalar tensor: sum or average."
+            )
+        return value.reshape(())
+
+    def mapped(self, function: Callable[..., Any], numbers: int = 0) -> Callable[..., Tensor]:
+        """A function of the user's, ``(x, *numbers, *args, **kwargs) -> a tree like x``, as one of vectors."""
+
+        def on_vectors(x: Tensor, *inputs: Tensor) -> Tensor:
+            args, kwargs = self.arguments.rebuild(inputs[numbers:])
+            name = getattr(function, "__name__", type(function).__name__)
+            what = "the residual" if name == "residual" else f"what {name} returned"
+            return self.vectorizer.ravel(function(self.vectorizer.unravel(x), *inputs[:numbers], *args, **kwargs), what)
+
+        return on_vectors
+
+    def least_squares(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        """The residual of a least-squares objective, as a vector (m,)."""
+        assert isinstance(self.minimised, LeastSquares)
+        args, kwargs = self.arguments.rebuild(tensors)
+        tree = self.minimised.residual(self.vectorizer.unravel(x), *args, **kwargs)
+        return Vectorizer.of(tree, "the residual").ravel(tree, "the residual")
