@@ -79,7 +79,8 @@ class Implicit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, *inputs = ctx.saved_tensors
+        # The pullback of torch.func.vjp may be called when its level has ended: what it wrapped is then dead.
+        x, *inputs = map(_functorch.unwrap_if_dead, ctx.saved_tensors)
         wanted = [i for i, t in enumerate(inputs) if ctx.needs_input_grad[i + 2] and is_differentiable(t)]
         cotangents = None
         if not (torch.is_grad_enabled() or transform_level() or _functorch.is_legacy_batchedtensor(g)):

@@ -47,10 +47,13 @@ def is_differentiated(tensor: Tensor) -> bool:
 def plain_value(tensor: Tensor) -> Tensor:
     """The value below all transforms, the dimensions of the vmaps in front, the outermost first."""
     with temporarily_clear_interpreter_stack():
+        dims: list[int] = []
         while is_transformed(tensor):
-            value = _functorch.get_unwrapped(tensor)
-            batched = _functorch.is_batchedtensor(tensor)
-            tensor = value.movedim(_functorch.maybe_get_bdim(tensor), 0) if batched else value
+            if _functorch.is_batchedtensor(tensor):
+                dims.append(_functorch.maybe_get_bdim(tensor))
+            tensor = _functorch.get_unwrapped(tensor)
+        for place, dim in enumerate(reversed(dims)):  # each counts without those of the vmaps outside of it
+            tensor = tensor.movedim(dim + place, place)
         return (forward_ad.unpack_dual(tensor).primal if dual_level_is_open() else tensor).detach()
 
 
@@ -99,7 +102,7 @@ def find_captures(
     only through a user's own ``autograd.Function``, where it cannot be followed.
     """
     recorder = _Recorder(tensors)
-    if transform_level():
+    if transform_level() or dual_level_is_open():
         # One more level: whatever is computed from the arguments, even out of the mode's sight, now lives on it.
         lifted = [i for i, t in enumerate(tensors) if is_differentiable(t)]
 

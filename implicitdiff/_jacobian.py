@@ -82,12 +82,13 @@ class ChunkedJacobian(LinearOperator):
         self._parts, self._x = parts, x
 
     def matvec(self, v: Tensor) -> Tensor:
-        return self._summed(lambda part: part.rmatvec(v))
+        # By torch.func, which also works inside a vmap over several right-hand sides.
+        return self._summed(lambda part: torch.func.vjp(part, self._x)[1](v)[0])
 
     rmatvec = matvec
 
     def to_dense(self) -> Tensor:
-        return self._summed(JacobianOperator.to_dense)
+        return self._summed(lambda part: self._at(part).to_dense())
 
     def diagonal(self) -> Tensor:
         return self.to_dense().diagonal(dim1=-2, dim2=-1)
@@ -103,10 +104,10 @@ class ChunkedJacobian(LinearOperator):
     def _at(self, part: Callable[[Tensor], Tensor]) -> JacobianOperator:
         return JacobianOperator(part, self._x, "symmetric")
 
-    def _summed(self, of: Callable[[JacobianOperator], Tensor]) -> Tensor:
+    def _summed(self, of: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
         total = None
         for weight, part in self._parts:
-            term = weight * of(self._at(part))
+            term = weight * of(part)
             total = term if total is None else total.add_(term)
         assert total is not None
         return total

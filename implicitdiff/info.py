@@ -54,7 +54,8 @@ RUNNING = -1
 _REMEDIES = {
     Status.MAX_ITERATIONS: "raise max_iterations (terms, for Neumann), loosen the tolerance, "
     "or use a preconditioner or a better start",
-    Status.BREAKDOWN: "the operator may be singular: regularise the problem, or use MINRES, GMRES or Dense()",
+    Status.BREAKDOWN: "the operator may be singular (a flat minimum, a double root), the derivative is then not "
+    "determined: regularise the problem; Dense() and LSMR() give the least-squares answer of minimum norm",
     Status.INDEFINITE: "the operator is not positive definite (a saddle point, or too little regularisation?): "
     "use MINRES, Dense() or Auto()",
     Status.STAGNATED: "rounding errors rule: loosen the tolerance, rescale the problem or use float64",

@@ -60,9 +60,11 @@ class Auto(LinearSolver):
         if not A.is_square:
             return _said(self._lsmr.solve(A, b, x0), f"Auto: LSMR, as A is rectangular, {A.shape}")
         if has_direct_solve(A) and (n <= SPARSE_UP_TO or not isinstance(A, SparseOperator)):
-            return _said(self._dense.solve(A, b), f"Auto: Dense, as {type(A).__name__} is solved as it is")
+            by_dense = self._dense.solve(A, b)
+            return _said(by_dense, f"Auto: {by_dense.info.method}, as {type(A).__name__} is solved as it is")
         if n <= DENSE_UP_TO:
-            return _said(self._dense.solve(A, b), f"Auto: Dense, as n = {n} is at most {DENSE_UP_TO}")
+            by_dense = self._dense.solve(A, b)
+            return _said(by_dense, f"Auto: {by_dense.info.method}, as n = {n} is at most {DENSE_UP_TO}")
         if not A.is_symmetric:
             return _said(self._gmres.solve(A, b, x0), "Auto: GMRES, as A is general")
         by_cg = self._cg.solve(A, b, x0)

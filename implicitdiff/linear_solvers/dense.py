@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,13 @@ from .system import System
 REFINEMENTS = 6
 """Products that a kept factorisation may cost before a new one is made."""
 
-Inverse = Callable[[Tensor, bool], Tensor]
-"""b of shape (*batch, n) ↦ A⁻¹ b, or A⁻ᴴ b where the flag is set."""
+
+class Inverse(NamedTuple):
+    """b of shape (*batch, n) ↦ A⁻¹ b, or A⁻ᴴ b where the flag is set."""
+
+    apply: Callable[[Tensor, bool], Tensor]
+    is_pseudo: bool = False
+    """Whether it is the pseudo-inverse of a matrix that is singular up to rounding."""
 
 
 class Dense(LinearSolver):
@@ -27,9 +33,9 @@ class Dense(LinearSolver):
 
     By structure: Cholesky where a symmetric matrix turns out positive definite, the eigenvalue decomposition where it
     does not; LU where it is general. A singular or rectangular matrix gives the least-squares solution of minimum norm;
-    where that does not solve a square system, the report says BREAKDOWN. Diagonal, sparse (by SuperLU) and
-    block-diagonal operators and their :class:`~implicitdiff.operators.LowRankUpdate` (by Woodbury's identity) are
-    solved as they are.
+    the report's method then says so, and where that does not solve a square system its status is BREAKDOWN. Diagonal,
+    sparse (by SuperLU) and block-diagonal operators and their :class:`~implicitdiff.operators.LowRankUpdate` (by
+    Woodbury's identity) are solved as they are.
 
     ``warm_start=True`` keeps the last factorisation and refines with it while that converges fast: where the same
     solver serves Newton's forward pass and the backward pass, or step after step of a training, most solves then take
@@ -51,13 +57,15 @@ class Dense(LinearSolver):
         self._kept: tuple[tuple[object, ...], bool, Inverse] | None = None
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
-        system = System(A, b)
+        system, singular = System(A, b), False
         x, steps = self._refined(system, b), torch.zeros(b.shape[:-1], dtype=torch.int64, device=b.device)
         if x is None:
             x = solve_structured(A, b)
         if x is None:
-            x = self._factorised(system, b)
+            x, singular = self._factorised(system, b)
         info = self._info(system, b, x, steps, steps + int(Status.BREAKDOWN))
+        if singular:
+            info = replace(info, method=f"{self.name} (minimum norm, as A is singular)")
         if not A.is_square:
             return LinearSolution(x, self._least_squares_info(system, b, x, info))
         # A small residual is what rounding leaves; a singular matrix leaves a large one.
@@ -65,17 +73,18 @@ class Dense(LinearSolver):
         status = torch.where(rounded, int(Status.STAGNATED), info.status)
         return LinearSolution(x, replace(info, status=status))
 
-    def _factorised(self, system: System, b: Tensor) -> Tensor:
+    def _factorised(self, system: System, b: Tensor) -> tuple[Tensor, bool]:
+        """The solution, and whether the matrix (one of a batch) is singular."""
         if 0 in (*system.shape, *b.shape):
-            return b.new_zeros(*b.shape[:-1], system.shape[1])
+            return b.new_zeros(*b.shape[:-1], system.shape[1]), False
         matrix = system.to_dense()
         finite = bool(matrix.isfinite().all()) and bool(b.isfinite().all())
         if not (finite and system.is_square):
-            return _system_by_system(matrix, b.unsqueeze(-1), system.is_symmetric).squeeze(-1)
+            return _system_by_system(matrix, b.unsqueeze(-1), system.is_symmetric).squeeze(-1), False
         inverse = _inverse(matrix, system.is_symmetric)
         if self.warm_start:
             self._kept = (_key(system), isinstance(system.A, Transpose), inverse)
-        return inverse(b, False)
+        return inverse.apply(b, False), inverse.is_pseudo
 
     def _refined(self, system: System, b: Tensor) -> Tensor | None:
         """The solution by the kept factorisation; None where there is none, or it does not bring b's system to rtol."""
@@ -86,7 +95,7 @@ class Dense(LinearSolver):
         limit = torch.clamp(self.rtol * scaled_norm(b), min=self.atol)
         x, r, before = torch.zeros_like(b), b, torch.full_like(limit, torch.inf)
         for _ in range(REFINEMENTS):
-            x = x + inverse(r, adjoint)
+            x = x + inverse.apply(r, adjoint)
             r = b - system(x)
             norm = scaled_norm(r)
             if bool((norm <= limit).all()):
@@ -114,14 +123,15 @@ def _inverse(matrix: Tensor, symmetric: bool) -> Inverse:
     if symmetric:
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not (bool(failed.any()) or _is_singular(factor, power=2)):
-            return lambda b, adjoint: torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
-        pseudo = _pseudo_inverse_of_symmetric(matrix)
-        return lambda b, adjoint: pseudo(b)
+            return Inverse(lambda b, adjoint: torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1))
+        return _pseudo_inverse_of_symmetric(matrix)
     factor, pivots, failed = torch.linalg.lu_factor_ex(matrix)
     if bool(failed.any()) or _is_singular(factor):
         inverse = torch.linalg.pinv(matrix)
-        return lambda b, adjoint: ((inverse.mH if adjoint else inverse) @ b.unsqueeze(-1)).squeeze(-1)
-    return lambda b, adjoint: torch.linalg.lu_solve(factor, pivots, b.unsqueeze(-1), adjoint=adjoint).squeeze(-1)
+        return Inverse(lambda b, adjoint: ((inverse.mH if adjoint else inverse) @ b.unsqueeze(-1)).squeeze(-1), True)
+    return Inverse(
+        lambda b, adjoint: torch.linalg.lu_solve(factor, pivots, b.unsqueeze(-1), adjoint=adjoint).squeeze(-1)
+    )
 
 
 def _is_singular(factor: Tensor, power: int = 1) -> bool:
@@ -131,12 +141,15 @@ def _is_singular(factor: Tensor, power: int = 1) -> bool:
     return bool((pivots.amin(-1) <= smallest).any())
 
 
-def _pseudo_inverse_of_symmetric(matrix: Tensor) -> Callable[[Tensor], Tensor]:
+def _pseudo_inverse_of_symmetric(matrix: Tensor) -> Inverse:
     values, vectors = torch.linalg.eigh(matrix)
     cutoff = torch.finfo(values.dtype).eps * values.shape[-1] * values.abs().amax(-1, keepdim=True)
     kept = values.abs() > cutoff
     reciprocal = torch.where(kept, 1 / torch.where(kept, values, 1), 0).unsqueeze(-1)
-    return lambda b: (vectors @ (reciprocal * (vectors.mH @ b.unsqueeze(-1)))).squeeze(-1)
+    return Inverse(
+        lambda b, adjoint: (vectors @ (reciprocal * (vectors.mH @ b.unsqueeze(-1)))).squeeze(-1),
+        is_pseudo=not bool(kept.all()),
+    )
 
 
 def _system_by_system(matrix: Tensor, b: Tensor, symmetric: bool) -> Tensor:
@@ -150,7 +163,7 @@ def _system_by_system(matrix: Tensor, b: Tensor, symmetric: bool) -> Tensor:
     finite = matrices.isfinite().flatten(1).all(-1) & vectors.isfinite().flatten(1).all(-1)
     x = vectors.new_full((len(vectors), matrix.shape[-1], 1), torch.nan)
     if bool(finite.any()) and matrix.shape[-1] == matrix.shape[-2]:
-        x[finite] = _inverse(matrices[finite], symmetric)(vectors[finite].squeeze(-1), False).unsqueeze(-1)
+        x[finite] = _inverse(matrices[finite], symmetric).apply(vectors[finite].squeeze(-1), False).unsqueeze(-1)
     elif bool(finite.any()):
         x[finite] = torch.linalg.pinv(matrices[finite]) @ vectors[finite]
     return x.reshape(*shape, *x.shape[-2:])
