@@ -7,10 +7,11 @@
 tensor(0.2500)
 """
 
-from . import conditions, inner_solvers, linear_solvers, operators, preconditioners, testing
+from . import bilevel, conditions, inner_solvers, linear_solvers, operators, preconditioners, testing
 from .api import attach, implicit
 from .checks import check
 from .conditions import KKT, FixedPoint, KKTPoint, Root, Stationary
+from .deq import DEQ
 from .errors import ConvergenceError, ConvergenceWarning, ImplicitDiffError
 from .info import LinearSolution, Solution, SolveInfo, Status, record
 from .layers import ArgminLayer, FixedPointLayer, RootLayer
@@ -24,9 +25,11 @@ from .linear_solvers import (
     BiCGStab,
     Dense,
     IterativeLinearSolver,
+    JacobianFree,
     LinearSolver,
     Neumann,
     NormalCG,
+    OneStep,
     SciPy,
 )
 from .operators import LinearOperator
@@ -34,6 +37,7 @@ from .unrolled import UnrolledLayer
 
 __all__ = [
     "CG",
+    "DEQ",
     "GMRES",
     "KKT",
     "LSMR",
@@ -48,6 +52,7 @@ __all__ = [
     "FixedPointLayer",
     "ImplicitDiffError",
     "IterativeLinearSolver",
+    "JacobianFree",
     "KKTPoint",
     "LeastSquares",
     "LinearOperator",
@@ -55,6 +60,7 @@ __all__ = [
     "LinearSolver",
     "Neumann",
     "NormalCG",
+    "OneStep",
     "Root",
     "RootLayer",
     "SciPy",
@@ -64,6 +70,7 @@ __all__ = [
     "Status",
     "UnrolledLayer",
     "attach",
+    "bilevel",
     "check",
     "conditions",
     "implicit",

@@ -222,6 +222,14 @@ class InnerProblem:
         step = cast(ForwardBackward, self._condition).backward_step
         return JacobianOperator(lambda v: self.apply(step, v), v, "general")
 
+    def system(self, index: tuple[int, ...]) -> InnerProblem:
+        """The problem of one system of the batch, on x of shape (n,)."""
+        inputs: Sequence[Tensor] = self.inputs
+        for i, dims in zip(index, self.problem.levels, strict=True):
+            inputs = [t if d is None else t[i] for t, d in zip(inputs, dims, strict=True)]
+        problem = replace(self.problem, levels=())
+        return InnerProblem(problem, inputs, differentiable=self._differentiable, substituted=self._substituted)
+
     def apply(self, function: Callable[..., Any], x: Tensor, *numbers: float | Tensor) -> Tensor:
         """What a function of the user's, ``(x, *numbers, *args, **kwargs) -> a tree like x``, gives for each system.
 

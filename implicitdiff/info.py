@@ -58,7 +58,8 @@ _REMEDIES = {
     "determined: regularise the problem; Dense() and LSMR() give the least-squares answer of minimum norm",
     Status.INDEFINITE: "the operator is not positive definite (a saddle point, or too little regularisation?): "
     "use MINRES, Dense() or Auto()",
-    Status.STAGNATED: "rounding errors rule: loosen the tolerance, rescale the problem or use float64",
+    Status.STAGNATED: "rounding errors rule, or there is no solution near the start: loosen the tolerance, rescale the "
+    "problem, use float64, or start elsewhere",
     Status.NON_FINITE: "look for overflow, a division by zero or a log of zero, at the solution or in the cotangent",
     Status.NOT_SMOOTH: "x lies where its condition has a kink (degenerate: a constraint active with a zero multiplier, "
     "a coefficient about to enter or leave the support), and the derivative is that of one side: move the arguments "

@@ -17,12 +17,14 @@ ROOT_NAMES = {
     *("LinearOperator", "LinearSolver", "IterativeLinearSolver"),
     *("CG", "MINRES", "GMRES", "Neumann", "Dense", "Auto"),
     *("SolveInfo", "Solution", "LinearSolution", "Status"),
-    *("BiCGStab", "LSMR", "NormalCG", "SciPy"),
+    *("BiCGStab", "LSMR", "NormalCG", "SciPy", "OneStep", "JacobianFree"),
+    *("DEQ", "bilevel"),
     *("ConvergenceError", "ConvergenceWarning", "ImplicitDiffError"),
     *("conditions", "inner_solvers", "linear_solvers", "operators", "preconditioners", "testing"),
 }
 INNER_SOLVERS = {
     *("GradientDescent", "LBFGS", "NewtonCG", "Newton", "FixedPointIteration", "Anderson"),
+    *("Bisection", "Broyden", "SciPyMinimize", "SciPyRoot", "TorchOptimizer"),
     *("InnerSolver", "InnerProblem"),
 }
 

@@ -2,19 +2,29 @@
 
 from .anderson import Anderson
 from .base import InnerProblem, InnerSolver
+from .bisection import Bisection
+from .broyden import Broyden
 from .fixed_point_iteration import FixedPointIteration
 from .gradient_descent import GradientDescent
 from .lbfgs import LBFGS
 from .newton import Newton
 from .newton_cg import NewtonCG
+from .scipy_minimize import SciPyMinimize
+from .scipy_root import SciPyRoot
+from .torch_optimizer import TorchOptimizer
 
 __all__ = [
     "LBFGS",
     "Anderson",
+    "Bisection",
+    "Broyden",
     "FixedPointIteration",
     "GradientDescent",
     "InnerProblem",
     "InnerSolver",
     "Newton",
     "NewtonCG",
+    "SciPyMinimize",
+    "SciPyRoot",
+    "TorchOptimizer",
 ]

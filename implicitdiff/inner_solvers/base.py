@@ -44,6 +44,9 @@ class InnerProblem(Protocol):
     def hessian(self, x: Tensor) -> LinearOperator:
         """The Hessian of the objective at x."""
 
+    def system(self, index: tuple[int, ...]) -> InnerProblem:
+        """The problem of one system of the batch, on x of shape (n,)."""
+
     def apply(self, function: Callable[..., Any], x: Tensor, *numbers: float | Tensor) -> Tensor:
         """A function of the user's, ``(x, *numbers, *args, **kwargs) -> a tree like x``, at x (*batch, n)."""
 

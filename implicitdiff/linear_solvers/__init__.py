@@ -7,10 +7,12 @@ from .cg import CG
 from .dense import Dense
 from .gmres import GMRES
 from .iterative import IterativeLinearSolver
+from .jacobian_free import JacobianFree
 from .lsmr import LSMR
 from .minres import MINRES
 from .neumann import Neumann
 from .normal_cg import NormalCG
+from .one_step import OneStep
 from .scipy_solver import SciPy
 
 __all__ = [
@@ -22,8 +24,10 @@ __all__ = [
     "BiCGStab",
     "Dense",
     "IterativeLinearSolver",
+    "JacobianFree",
     "LinearSolver",
     "Neumann",
     "NormalCG",
+    "OneStep",
     "SciPy",
 ]
