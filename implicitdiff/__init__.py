@@ -7,7 +7,17 @@
 tensor(0.2500)
 """
 
-from . import bilevel, conditions, inner_solvers, linear_solvers, operators, preconditioners, testing
+from . import (
+    bilevel,
+    conditions,
+    inner_solvers,
+    linear_solvers,
+    operators,
+    preconditioners,
+    projections,
+    prox,
+    testing,
+)
 from .api import attach, implicit
 from .checks import check
 from .conditions import KKT, FixedPoint, KKTPoint, Root, Stationary
@@ -33,6 +43,8 @@ from .linear_solvers import (
     SciPy,
 )
 from .operators import LinearOperator
+from .qp_layer import QPLayer
+from .sinkhorn_layer import SemidualNewton, SinkhornLayer
 from .unrolled import UnrolledLayer
 
 __all__ = [
@@ -61,9 +73,12 @@ __all__ = [
     "Neumann",
     "NormalCG",
     "OneStep",
+    "QPLayer",
     "Root",
     "RootLayer",
     "SciPy",
+    "SemidualNewton",
+    "SinkhornLayer",
     "Solution",
     "SolveInfo",
     "Stationary",
@@ -78,6 +93,8 @@ __all__ = [
     "linear_solvers",
     "operators",
     "preconditioners",
+    "projections",
+    "prox",
     "record",
     "testing",
 ]

@@ -222,6 +222,16 @@ class InnerProblem:
         step = cast(ForwardBackward, self._condition).backward_step
         return JacobianOperator(lambda v: self.apply(step, v), v, "general")
 
+    @property
+    def aligned_inputs(self) -> list[Tensor]:
+        """The inputs with a place for every batch dimension, of size 1 where they do not have it."""
+        aligned = []
+        for i, tensor in enumerate(self.inputs):
+            for place, dims in enumerate(self.problem.levels):
+                tensor = tensor.unsqueeze(place) if dims[i] is None else tensor
+            aligned.append(tensor)
+        return aligned
+
     def system(self, index: tuple[int, ...]) -> InnerProblem:
         """The problem of one system of the batch, on x of shape (n,)."""
         inputs: Sequence[Tensor] = self.inputs

@@ -97,6 +97,15 @@ def check_condition(condition: Any) -> Condition:
     return condition
 
 
+def refuse_tracing() -> None:
+    """Raise where a trace is recorded, which could not follow a solver."""
+    if get_proxy_mode() is not None:
+        raise ImplicitDiffError(
+            "the layer is being traced (torch.func.linearize, make_fx): a solver's control flow depends on values that "
+            "a trace does not have. Use torch.func.jvp or jacfwd in place of linearize."
+        )
+
+
 def solve_condition(
     condition: Condition,
     inner_solver: Any,
@@ -110,11 +119,7 @@ def solve_condition(
 
     ``objective`` is what the inner solver may minimise; by default the condition's own, where it has one.
     """
-    if get_proxy_mode() is not None:
-        raise ImplicitDiffError(
-            "the layer is being traced (torch.func.linearize, make_fx): a solver's control flow depends on values that "
-            "a trace does not have. Use torch.func.jvp or jacfwd in place of linearize."
-        )
+    refuse_tracing()
     equations = Equations.of(condition, init, args, kwargs, objective=objective)
     vectorizer = equations.vectorizer
     solution = Solution(None, None)  # type: ignore[arg-type]  # filled in below

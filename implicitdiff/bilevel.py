@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 
 from .conditions import Tree
 from .info import Solution
+from .inner_solvers._polished import Polished
+from .inner_solvers._verified import Verified
 from .layers import ImplicitLayer
 
 
@@ -43,7 +45,9 @@ class WarmStart(nn.Module):
         if not isinstance(layer, ImplicitLayer):
             raise TypeError(f"layer is {layer!r}, but it must be an ArgminLayer, RootLayer or FixedPointLayer.")
         self.layer = copy.copy(layer)
-        self.layer.inner_solver = copy.copy(layer.inner_solver)
+        self.layer.inner_solver = inner = copy.copy(layer.inner_solver)
+        if isinstance(inner, (Polished, Verified)):
+            inner.inner_solver = copy.copy(inner.inner_solver)
         self.layer.linear_solver = copy.copy(layer.linear_solver)
         if hasattr(self.layer.linear_solver, "warm_start"):
             self.layer.linear_solver.warm_start = True
@@ -52,7 +56,7 @@ class WarmStart(nn.Module):
     @property
     def tolerance(self) -> float | None:
         """The inner solver's ``tol``, ‖F(x)‖₂, and the linear solver's ``rtol``; set it before a call."""
-        return self.layer.inner_solver.tol
+        return getattr(self.layer.inner_solver, "tol", None)
 
     @tolerance.setter
     def tolerance(self, tolerance: float) -> None:

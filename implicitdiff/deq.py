@@ -64,7 +64,7 @@ class DEQ(nn.Module):
         """
         z = pytree.tree_map(Tensor.detach, z)
         update = _over_samples(lambda z, args, kwargs: self.layer.condition.update(z, *args, **kwargs))  # type: ignore[attr-defined]
-        _, pullback = torch.func.vjp(lambda z: update(z, args, kwargs), z)
+        pullback = torch.func.vjp(lambda z: update(z, args, kwargs), z)[1]
         (pulled,) = pullback(pytree.tree_map(torch.randn_like, z))
         leaves = pytree.tree_leaves(pulled)
         return torch.stack([leaf.square().sum() for leaf in leaves]).sum() / sum(leaf.numel() for leaf in leaves)

@@ -145,7 +145,7 @@ def mirror_descent() -> OnActiveSet:
 
     condition = conditions.MirrorDescent(
         lambda x, scale, cost: scale * cost @ x + (x * x.log()).sum(),
-        lambda y, scale, cost: torch.softmax(y, -1),
+        lambda y, scale, cost: projections.kl_simplex(y),
         torch.log,
         0.3,
     )

@@ -18,7 +18,8 @@ ROOT_NAMES = {
     *("CG", "MINRES", "GMRES", "Neumann", "Dense", "Auto"),
     *("SolveInfo", "Solution", "LinearSolution", "Status"),
     *("BiCGStab", "LSMR", "NormalCG", "SciPy", "OneStep", "JacobianFree"),
-    *("DEQ", "bilevel"),
+    *("DEQ", "QPLayer", "SinkhornLayer", "SemidualNewton"),
+    *("bilevel", "projections", "prox"),
     *("ConvergenceError", "ConvergenceWarning", "ImplicitDiffError"),
     *("conditions", "inner_solvers", "linear_solvers", "operators", "preconditioners", "testing"),
 }
@@ -40,6 +41,8 @@ def public_objects() -> list[tuple[str, Any]]:
     found += [(f"inner_solvers.{n}", getattr(idf.inner_solvers, n)) for n in INNER_SOLVERS]
     found += [(f"operators.{n}", getattr(idf.operators, n)) for n in ("DenseOperator", "FunctionOperator")]
     found += [("preconditioners.Jacobi", idf.preconditioners.Jacobi)]
+    for module in (idf.conditions, idf.projections, idf.prox):
+        found += [(f"{module.__name__}.{n}", getattr(module, n)) for n in module.__all__ if n != "Tree"]
     found += [(f"imaml.{n}", getattr(imaml, n)) for n in imaml.__all__]
     return found + [(f"imaml.tasks.{n}", getattr(imaml.tasks, n)) for n in imaml.tasks.__all__]
 

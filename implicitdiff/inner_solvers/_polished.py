@@ -29,6 +29,15 @@ class Polished:
     def on_failure(self) -> FailurePolicy:
         return self.inner_solver.on_failure
 
+    @property
+    def tol(self) -> float | None:
+        """That of the inner solver."""
+        return getattr(self.inner_solver, "tol", None)
+
+    @tol.setter
+    def tol(self, tol: float | None) -> None:
+        self.inner_solver.tol = tol
+
     def solve(self, problem: InnerProblem, x0: Tensor) -> tuple[Tensor, SolveInfo]:
         x, info = self.inner_solver.solve(problem, x0)
         residual = problem.residual(x)

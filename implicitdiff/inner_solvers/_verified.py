@@ -26,10 +26,19 @@ class Verified:
     def on_failure(self) -> FailurePolicy:
         return self.inner_solver.on_failure
 
+    @property
+    def tol(self) -> float | None:
+        """That of the inner solver."""
+        return getattr(self.inner_solver, "tol", None)
+
+    @tol.setter
+    def tol(self, tol: float | None) -> None:
+        self.inner_solver.tol = tol
+
     def solve(self, problem: InnerProblem, x0: Tensor) -> tuple[Tensor, SolveInfo]:
         x, info = self.inner_solver.solve(problem, x0)
         norm, first = (vector_norm(problem.residual(at)).detach() for at in (x, x0))
-        tol = getattr(self.inner_solver, "tol", None) or torch.finfo(norm.dtype).eps ** 0.5
+        tol = self.tol or torch.finfo(norm.dtype).eps ** 0.5
         holds = norm <= SLACK * tol * first.clamp(min=1).nan_to_num(1.0)
         lost = torch.where(norm.isfinite(), int(Status.STAGNATED), int(Status.NON_FINITE))
         status = torch.where(info.converged, torch.where(holds, int(Status.CONVERGED), lost), info.status)
