@@ -92,6 +92,9 @@ class SolveInfo:
     """The solver, and for ``Auto`` what it chose."""
     estimated_distance: Tensor | None = None
     """Inner solves of a layer with ``polish=True``: ‖x − x*‖₂ before the Newton step, as that step estimates it."""
+    gradient_error: Tensor | None = None
+    """Inner solves of a layer with ``polish=True``: the estimated relative error of derivatives that is left after the
+    Newton step, due to the inner solution alone; right to a small factor where the step was short."""
     lanczos: Lanczos | None = None
     """What CG and MINRES saw of the spectrum; the properties below read it."""
     scale: Tensor | None = None

@@ -64,8 +64,8 @@ class ArgminLayer(ImplicitLayer):
       solves (those of proximal and projected gradient, mirror descent and block coordinate descent know theirs, and
       ``LBFGS`` with bounds), otherwise :class:`~implicitdiff.Stationary`. With one that is given, the report says
       whether *it* holds at the solution.
-    * ``polish``: one Newton step after the inner solver, by ``linear_solver``. It squares the error of the derivative
-      and fills ``solution.forward.distance``.
+    * ``polish``: one Newton step after the inner solver, by a loose solve with ``linear_solver``. It squares the error
+      of the derivative and fills ``solution.forward.distance`` and ``.gradient_error``.
 
     Raises :class:`~implicitdiff.ImplicitDiffError` where the objective is not a scalar or init not a tree of floating
     point tensors; warns with :class:`~implicitdiff.ConvergenceWarning` where a solve failed.

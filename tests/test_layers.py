@@ -514,6 +514,30 @@ def test_polish_squares_the_error_and_estimates_the_distance(kind: str) -> None:
     assert float(info.distance) == pytest.approx(distance, rel=0.05)
 
 
+@pytest.mark.parametrize("steps", [4, 8, 20, 50])
+def test_polish_estimates_the_error_of_the_gradient(steps: int) -> None:
+    """Within a factor of ten, from 1e-1 to 1e-9: a logistic regression in its penalties."""
+    X = random(50, 80, 6)
+    y = (X @ random(51, 6) > 0).to(D)
+
+    def objective(w: Tensor, log_penalties: Tensor) -> Tensor:
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(X @ w, y)
+        return loss + 0.5 * (log_penalties.exp() * w**2).sum()
+
+    def gradient(**settings: Any) -> tuple[Tensor, Any]:
+        layer = idf.ArgminLayer(objective, linear_solver=idf.Dense(), **settings)
+        log_penalties = torch.full((6,), -3.0, dtype=D, requires_grad=True)
+        solution = layer.solve(torch.zeros(6, dtype=D), log_penalties)
+        return torch.autograd.grad((solution.value**2).sum(), log_penalties)[0], solution.forward
+
+    rough = GradientDescent(1.5, max_iterations=steps, tol=0.0, on_failure="ignore")
+    exact, _ = gradient(inner_solver=NewtonCG(tol=1e-13))
+    got, info = gradient(inner_solver=rough, polish=True)
+    error = float((got - exact).norm() / exact.norm())
+    assert info.gradient_error is not None
+    assert error / 10 < float(info.gradient_error) < 10 * error
+
+
 def test_polish_keeps_a_solution_that_it_cannot_improve() -> None:
     layer = idf.RootLayer(
         lambda x, t: torch.sign(x - t) * (x - t).abs().sqrt(), inner_solver=lambda p, x0: x0, polish=True

@@ -9,10 +9,11 @@ from torch import Tensor
 from ..info import FailurePolicy, LinearSolution, Status
 from ..operators import LinearOperator, SparseOperator
 from ._structured import has_direct_solve
-from .base import LinearSolver
+from .base import LinearSolver, check_max_iterations
 from .cg import CG
 from .dense import Dense
 from .gmres import GMRES
+from .iterative import IterativeLinearSolver
 from .lsmr import LSMR
 from .minres import MINRES
 
@@ -49,35 +50,35 @@ class Auto(LinearSolver):
         on_failure: FailurePolicy = "warn",
     ) -> None:
         super().__init__(rtol=rtol, atol=atol, on_failure=on_failure)
-        self._dense = Dense(rtol=rtol, atol=atol)
-        self._cg = CG(rtol=rtol, atol=atol, max_iterations=max_iterations)
-        self._minres = MINRES(rtol=rtol, atol=atol, max_iterations=max_iterations)
-        self._lsmr = LSMR(rtol=rtol, atol=atol, max_iterations=max_iterations)
-        self._gmres = GMRES(rtol=rtol, atol=atol, max_iterations=max_iterations)
+        self.max_iterations = check_max_iterations(max_iterations)
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         n = A.shape[0]
         if not A.is_square:
-            return _said(self._lsmr.solve(A, b, x0), f"Auto: LSMR, as A is rectangular, {A.shape}")
-        if has_direct_solve(A) and (n <= SPARSE_UP_TO or not isinstance(A, SparseOperator)):
-            by_dense = self._dense.solve(A, b)
-            return _said(by_dense, f"Auto: {by_dense.info.method}, as {type(A).__name__} is solved as it is")
-        if n <= DENSE_UP_TO:
-            by_dense = self._dense.solve(A, b)
-            return _said(by_dense, f"Auto: {by_dense.info.method}, as n = {n} is at most {DENSE_UP_TO}")
+            return _said(self._by(LSMR, A, b, x0), f"Auto: LSMR, as A is rectangular, {A.shape}")
+        is_structured = has_direct_solve(A) and (n <= SPARSE_UP_TO or not isinstance(A, SparseOperator))
+        if is_structured or n <= DENSE_UP_TO:
+            by_dense = Dense(rtol=self.rtol, atol=self.atol).solve(A, b)
+            why = f"{type(A).__name__} is solved as it is" if is_structured else f"n = {n} is at most {DENSE_UP_TO}"
+            return _said(by_dense, f"Auto: {by_dense.info.method}, as {why}")
         if not A.is_symmetric:
-            return _said(self._gmres.solve(A, b, x0), "Auto: GMRES, as A is general")
-        by_cg = self._cg.solve(A, b, x0)
+            return _said(self._by(GMRES, A, b, x0), "Auto: GMRES, as A is general")
+        by_cg = self._by(CG, A, b, x0)
         if not bool((by_cg.info.status == Status.INDEFINITE).any()):
             return _said(by_cg, f"Auto: CG, as A is {A.structure.replace('_', ' ')}")
         # MINRES goes on from where CG stands; the systems that CG solved are already at their tolerance.
-        by_minres = self._minres.solve(A, b, by_cg.value)
+        by_minres = self._by(MINRES, A, b, by_cg.value)
         info = replace(
             by_minres.info,
             iterations=by_cg.info.iterations + by_minres.info.iterations,
             matvecs=by_cg.info.matvecs + by_minres.info.matvecs,
         )
         return _said(LinearSolution(by_minres.value, info), "Auto: MINRES, as CG met negative curvature")
+
+    def _by(
+        self, method: type[IterativeLinearSolver], A: LinearOperator, b: Tensor, x0: Tensor | None
+    ) -> LinearSolution:
+        return method(rtol=self.rtol, atol=self.atol, max_iterations=self.max_iterations).solve(A, b, x0)
 
 
 def _said(solution: LinearSolution, method: str) -> LinearSolution:
