@@ -124,6 +124,20 @@ def non_negative_least_squares() -> OnActiveSet:
     )
 
 
+def box() -> OnActiveSet:
+    """The bound is an argument: entries off the support move with it, and the others with them."""
+    Q, active = rotated(vector(1, 2, 4), 41), vector(0, 1, 0)
+
+    def closed(bound: Tensor, c: Tensor) -> Tensor:
+        return bound * active + on(active == 0, Q, c - Q @ (bound * active))
+
+    condition = conditions.ProjectedGradient(
+        lambda x, bound, c: 0.5 * x @ Q @ x - c @ x, lambda v, bound, c: projections.box(v, -9.0, bound), 0.4
+    )
+    # c for x = (−.5, 1, .2) with the multiplier 2 of the bound.
+    return case("box", condition, closed, vector(1)[0], Q @ vector(-0.5, 1, 0.2) + 2 * active)
+
+
 def simplex() -> OnActiveSet:
     """A projection by its own condition: the Jacobian is diag(s) − ssᵀ/‖s‖₀ on the support s."""
     support = vector(1, 1, 0)
@@ -225,8 +239,8 @@ def inequality() -> OnActiveSet:
 CASES = {
     c.name: c
     for c in (
-        lasso(), elastic_net(), group_lasso(), non_negative_least_squares(), simplex(), mirror_descent(), blocks(),
-        newton(), equality(), inequality(),
+        lasso(), elastic_net(), group_lasso(), non_negative_least_squares(), box(), simplex(), mirror_descent(),
+        blocks(), newton(), equality(), inequality(),
     )
 }  # fmt: skip
 
@@ -387,6 +401,7 @@ def test_a_batch_of_unequal_supports(solver: Any) -> None:
     assert 0 < sizes[2] < sizes[1] <= 6
     assert sizes[-1] == 0
     assert "on the support: 6 of 6" in history[-1].method
+    assert "singular" not in history[-1].method  # the padding of smaller supports is regular
     for i, (penalty, S) in enumerate(zip(penalties, supports, strict=True)):
         want = torch.zeros(6, dtype=D)
         want[S] = -torch.linalg.inv((X.mT @ X)[S][:, S]) @ solve(penalty)[S].sign() if S.any() else want[S]
