@@ -45,7 +45,7 @@ ROWS = (
     ("testing",),
     ("inner_solvers.base",),
     ("inner_solvers._line_search", "inner_solvers._polished", "inner_solvers._unfollowed", "inner_solvers._verified"),
-    ("inner_solvers._scipy",),
+    ("inner_solvers._scipy", "inner_solvers._strong_wolfe"),
     (
         "inner_solvers.anderson",
         "inner_solvers.bisection",
@@ -54,7 +54,9 @@ ROWS = (
         "inner_solvers.gradient_descent",
         "inner_solvers.lbfgs",
         "inner_solvers.newton",
+        "inner_solvers.nelder_mead",
         "inner_solvers.newton_cg",
+        "inner_solvers.nonlinear_cg",
         "inner_solvers.scipy_minimize",
         "inner_solvers.scipy_root",
         "inner_solvers.torch_optimizer",

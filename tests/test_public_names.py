@@ -25,6 +25,7 @@ ROOT_NAMES = {
 }
 INNER_SOLVERS = {
     *("GradientDescent", "LBFGS", "NewtonCG", "Newton", "FixedPointIteration", "Anderson"),
+    *("NonlinearCG", "NelderMead"),
     *("Bisection", "Broyden", "SciPyMinimize", "SciPyRoot", "TorchOptimizer"),
     *("InnerSolver", "InnerProblem"),
 }

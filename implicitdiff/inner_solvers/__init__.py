@@ -7,8 +7,10 @@ from .broyden import Broyden
 from .fixed_point_iteration import FixedPointIteration
 from .gradient_descent import GradientDescent
 from .lbfgs import LBFGS
+from .nelder_mead import NelderMead
 from .newton import Newton
 from .newton_cg import NewtonCG
+from .nonlinear_cg import NonlinearCG
 from .scipy_minimize import SciPyMinimize
 from .scipy_root import SciPyRoot
 from .torch_optimizer import TorchOptimizer
@@ -22,8 +24,10 @@ __all__ = [
     "GradientDescent",
     "InnerProblem",
     "InnerSolver",
+    "NelderMead",
     "Newton",
     "NewtonCG",
+    "NonlinearCG",
     "SciPyMinimize",
     "SciPyRoot",
     "TorchOptimizer",
