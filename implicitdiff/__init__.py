@@ -10,6 +10,7 @@ tensor(0.2500)
 from . import (
     bilevel,
     conditions,
+    cones,
     inner_solvers,
     linear_solvers,
     operators,
@@ -26,6 +27,7 @@ from .errors import ConvergenceError, ConvergenceWarning, ImplicitDiffError
 from .info import LinearSolution, Solution, SolveInfo, Status, record
 from .layers import ArgminLayer, FixedPointLayer, RootLayer
 from .least_squares import LeastSquares
+from .least_squares_layer import LeastSquaresLayer
 from .linear_solvers import (
     CG,
     GMRES,
@@ -67,6 +69,7 @@ __all__ = [
     "JacobianFree",
     "KKTPoint",
     "LeastSquares",
+    "LeastSquaresLayer",
     "LinearOperator",
     "LinearSolution",
     "LinearSolver",
@@ -88,6 +91,7 @@ __all__ = [
     "bilevel",
     "check",
     "conditions",
+    "cones",
     "implicit",
     "inner_solvers",
     "linear_solvers",

@@ -11,7 +11,7 @@ from .api import check_condition, solve_condition
 from .conditions import Condition, FixedPoint, Root, Tree
 from .conditions.base import checked_callable
 from .info import Solution
-from .inner_solvers import LBFGS, Anderson, Newton
+from .inner_solvers import LBFGS, Anderson, LevenbergMarquardt, Newton
 from .inner_solvers._polished import Polished
 from .inner_solvers._verified import Verified
 from .inner_solvers.base import as_inner_solver
@@ -56,7 +56,8 @@ class ArgminLayer(ImplicitLayer):
     """``layer(init, *args)`` is the x near init that minimises ``objective(x, *args)``, a scalar.
 
     * ``objective``: a callable or an ``nn.Module``; tensors it closes over get gradients like arguments.
-    * ``inner_solver``: finds x; :class:`~implicitdiff.inner_solvers.LBFGS` by default. An
+    * ``inner_solver``: finds x; :class:`~implicitdiff.inner_solvers.LBFGS` by default, and
+      :class:`~implicitdiff.inner_solvers.LevenbergMarquardt` for :class:`~implicitdiff.LeastSquares`. An
       :class:`~implicitdiff.inner_solvers.InnerSolver`, or any callable ``(problem, x0) -> x``.
     * ``linear_solver``: solves with the Hessian for derivatives; :class:`~implicitdiff.Auto` by default. A
       :class:`~implicitdiff.LinearSolver`, or any callable ``(A, b) -> x``.
@@ -87,7 +88,8 @@ class ArgminLayer(ImplicitLayer):
         condition: Condition | None = None,
         polish: bool = False,
     ) -> None:
-        inner_solver = as_inner_solver(inner_solver, LBFGS)
+        default = LevenbergMarquardt if isinstance(objective, LeastSquares) else LBFGS
+        inner_solver = as_inner_solver(inner_solver, default)
         if condition is None:
             condition = inner_solver.condition(objective)
         else:

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .projections import positive_semidefinite_cone
-from .projections._norms import polar
-from .projections._parameters import Parameter, check_matrix, check_non_negative, check_vector, per_system
+from ._cone_projections import positive_semidefinite_cone
+from ._norms import polar
+from ._parameters import Parameter, check_matrix, check_non_negative, check_vector, per_system
 
 __all__ = [
     "elastic_net",

@@ -18,14 +18,15 @@ ROOT_NAMES = {
     *("CG", "MINRES", "GMRES", "Neumann", "Dense", "Auto"),
     *("SolveInfo", "Solution", "LinearSolution", "Status"),
     *("BiCGStab", "LSMR", "NormalCG", "SciPy", "OneStep", "JacobianFree"),
-    *("DEQ", "QPLayer", "SinkhornLayer", "SemidualNewton"),
-    *("bilevel", "projections", "prox"),
+    *("DEQ", "LeastSquaresLayer", "QPLayer", "SinkhornLayer", "SemidualNewton"),
+    *("bilevel", "cones", "projections", "prox"),
     *("ConvergenceError", "ConvergenceWarning", "ImplicitDiffError"),
     *("conditions", "inner_solvers", "linear_solvers", "operators", "preconditioners", "testing"),
 }
 INNER_SOLVERS = {
     *("GradientDescent", "LBFGS", "NewtonCG", "Newton", "FixedPointIteration", "Anderson"),
-    *("NonlinearCG", "NelderMead"),
+    *("GaussNewton", "LevenbergMarquardt"),
+    *("NonlinearCG", "NelderMead", "ProximalGradient", "ProjectedGradient", "MirrorDescent", "BlockCoordinateDescent"),
     *("Bisection", "Broyden", "SciPyMinimize", "SciPyRoot", "TorchOptimizer"),
     *("InnerSolver", "InnerProblem"),
 }

@@ -5,6 +5,7 @@ A condition of your own is a small class with two members, ``residual(x, *args, 
 """
 
 from .base import Condition, Tree
+from .conic import ConicPoint, ConicProgram
 from .fixed_point import FixedPoint
 from .kkt import KKT, KKTPoint
 from .mirror_descent import MirrorDescent
@@ -17,6 +18,8 @@ __all__ = [
     "KKT",
     "BlockProximalGradient",
     "Condition",
+    "ConicPoint",
+    "ConicProgram",
     "FixedPoint",
     "KKTPoint",
     "MirrorDescent",

@@ -9,11 +9,12 @@ At a kink the derivative is that of one side, an element of Clarke's generalised
 constraint is active. It is finite everywhere.
 """
 
+from .._cone_projections import positive_semidefinite_cone, second_order_cone
+from .._exponential_cone import exponential_cone
 from .affine import affine_set, half_space, hyperplane
 from .balls import l1_ball, l1_sphere, l2_ball, l2_sphere
 from .box_section import box_section
 from .boxes import box, hypercube, linf_ball, non_negative
-from .cones import positive_semidefinite_cone, second_order_cone
 from .kl import kl_birkhoff_polytope, kl_simplex, kl_transport_polytope
 from .polyhedron import polyhedron
 from .simplices import simplex, sparse_simplex
@@ -24,6 +25,7 @@ __all__ = [
     "birkhoff_polytope",
     "box",
     "box_section",
+    "exponential_cone",
     "half_space",
     "hypercube",
     "hyperplane",

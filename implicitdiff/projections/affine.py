@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._norms import polar
-from ._parameters import Parameter, check_same_size, per_system
+from .._norms import polar
+from .._parameters import Parameter, check_same_size, per_system
 
 
 def hyperplane(v: Tensor, a: Tensor, b: Parameter) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._parameters import Parameter, check_non_negative, per_system
+from .._parameters import Parameter, check_non_negative, per_system
 
 
 def box(v: Tensor, lower: Parameter, upper: Parameter) -> Tensor:

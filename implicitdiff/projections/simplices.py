@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._parameters import Parameter, check_non_negative, check_vector, per_system
+from .._parameters import Parameter, check_non_negative, check_vector, per_system
 
 
 def simplex(v: Tensor, total: Parameter = 1.0) -> Tensor:

@@ -1,0 +1,93 @@
+"""The optimality of conic programmes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..cones import Cone, dimension_of, project_onto_product
+from ..errors import ImplicitDiffError
+from ..operators import Structure
+
+
+class ConicPoint(NamedTuple):
+    """A solution of a conic programme; its slack is s = b − A x."""
+
+    primal: Tensor
+    """x, of shape (n,)."""
+    dual: Tensor
+    """y, of shape (m,): ``z`` of Clarabel, ``y`` of SCS."""
+
+
+class ConicProgram:
+    """x minimises ½ xᵀP x + cᵀx subject to A x + s = b, with s in the cone K = K₁ × K₂ × … .
+
+    The args are ``A`` (m, n), ``b`` (m,), ``c`` (n,) and, for a quadratic objective, ``P`` (n, n); the rows of A and b
+    are those of the cones (:mod:`implicitdiff.cones`), one after the other. The unknown is a :class:`ConicPoint` (x, y)
+    as solvers return it, and the residual
+
+        (P x + Aᵀy + c,  s − Π_K(s − y)),    s = b − A x.
+
+    Its second part says s ∈ K, y ∈ K* and sᵀy = 0 at once. These are the equations of the homogeneous self-dual
+    residual map normalised to w = 1 (Busseti, Moursi and Boyd 2019; Agrawal et al. 2019, Section 3), with v = y − s
+    and s eliminated: of n + m equations, and regular where those are. Homogeneous in w, theirs are always singular.
+
+    The derivative exists where the solution is unique and strictly complementary; a solution at a kink of Π_K (an
+    inequality active with y = 0) is reported as :attr:`~implicitdiff.Status.NOT_SMOOTH`.
+
+    Raises:
+        TypeError: something in ``cones`` is not a cone.
+        ImplicitDiffError: x is not a ConicPoint, or shapes do not fit.
+
+    Minimise x₁ + 2x₂ subject to x₁ + x₂ = b, x ≥ 0, by SciPy, whose multipliers are the negative ones:
+
+    >>> import implicitdiff as idf, scipy.optimize
+    >>> from implicitdiff.cones import NonNegative, Zero
+    >>> @idf.implicit(ConicProgram([Zero(1), NonNegative(2)]))
+    ... def linear_program(init, A, b, c):
+    ...     found = scipy.optimize.linprog(c, A[1:], b[1:], A[:1], b[:1], bounds=(None, None))
+    ...     multipliers = [*found.eqlin.marginals, *found.ineqlin.marginals]
+    ...     return ConicPoint(torch.tensor(found.x), -torch.tensor(multipliers))
+    >>> A = torch.tensor([[1.0, 1.0], [-1.0, 0.0], [0.0, -1.0]], dtype=torch.float64)
+    >>> b = torch.tensor([3.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    >>> x, y = linear_program(None, A, b, torch.tensor([1.0, 2.0], dtype=torch.float64))
+    >>> x.tolist(), torch.autograd.grad(x[0], b)[0].tolist()
+    ([3.0, 0.0], [1.0, 0.0, 1.0])
+    """
+
+    structure: Structure = "general"
+    smooth = False
+
+    def __init__(self, cones: Sequence[Cone]) -> None:
+        self.cones = tuple(cones)
+        for cone in self.cones:
+            if not isinstance(cone, Cone):
+                raise TypeError(f"cones has {cone!r}, but each must be a cone such as NonNegative(3) or Exponential().")
+
+    def residual(self, x: ConicPoint, A: Tensor, b: Tensor, c: Tensor, P: Tensor | None = None) -> ConicPoint:
+        """The residual, a :class:`ConicPoint` too."""
+        primal, dual = self._checked(x, A, b, c, P)
+        gradient = A.mT @ dual + c
+        if P is not None:
+            gradient = gradient + (P @ primal + P.mT @ primal) / 2
+        slack = b - A @ primal
+        return ConicPoint(gradient, slack - project_onto_product(self.cones, slack - dual))
+
+    def _checked(self, x: Any, A: Tensor, b: Tensor, c: Tensor, P: Tensor | None) -> ConicPoint:
+        if not isinstance(x, tuple) or len(x) != 2:
+            raise ImplicitDiffError(f"x must be a ConicPoint(primal, dual), but it is {x!r}.")
+        point, m = ConicPoint(*x), dimension_of(self.cones)
+        (n,) = c.shape if c.ndim == 1 else (c.numel(),)
+        tensors = {"A": A, "b": b, "c": c, "x.primal": point.primal, "x.dual": point.dual}
+        if P is not None:
+            tensors["P"] = P
+        wanted = {"A": (m, n), "b": (m,), "c": (n,), "x.primal": (n,), "x.dual": (m,), "P": (n, n)}
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != wanted[name]:
+                raise ImplicitDiffError(
+                    f"{name} has shape {tuple(tensor.shape)}, but it must be {wanted[name]}: the cones have {m} "
+                    f"entries in all, and c has {n}. Batches go through torch.func.vmap."
+                )
+        return point
