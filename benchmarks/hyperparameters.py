@@ -132,6 +132,7 @@ def random(points: int = 100) -> Iterator[Tensor]:
 
 def main() -> None:
     data = Data.load()
+    hypergradient(data, 2, decreasing, warm=True)  # what torch loads at first use is not timed
     runs = {
         "hypergradient, warm starts, decreasing tolerances": hypergradient(data, 30, decreasing, warm=True),
         "hypergradient, warm starts": hypergradient(data, 30, lambda: itertools.repeat(EXACT), warm=True),

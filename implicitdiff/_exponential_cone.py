@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ._parameters import check_vector
 
-LARGEST_RATIO = 200.0
-"""Beyond it, the exponential of the ratio is nothing beside the other numbers, or they beside it."""
-BISECTIONS = 80
-NEWTON_STEPS = 3
-"""From a root that is held fixed, k Newton steps give 2ᵏ − 1 derivatives of it."""
-
 
 def exponential_cone(v: Tensor) -> Tensor:
-    """The closure of {(x, y, z) : y > 0, y · exp(x / y) ≤ z}; v of shape (*batch, 3).
+    """The closure of {(x, y, z) : y exp(x/y) ≤ z, y > 0}, the order of Clarabel and SCS; v of shape (*batch, 3).
 
-    On the curved part of the boundary, v is the sum of a point α (ρ, 1, e^ρ) of the cone and of one of its polar,
-    β (1, 1 − ρ, −e^−ρ), with α, β ≥ 0: two of the equations give α and β, the third is solved for ρ (Friberg 2021,
-    Theorem 3.3). Derivatives are right up to the seventh order.
+    The nearest point on the curved part of the boundary is y (ρ, 1, exp(ρ)), with ρ the root of a monotone function
+    (Friberg 2021, Theorem 3.3); its derivatives, of every order, are those of the implicit function ρ(v).
 
     Raises:
         ValueError: the last dimension of v is not 3.
@@ -30,62 +27,129 @@ def exponential_cone(v: Tensor) -> Tensor:
     check_vector(v)
     if v.shape[-1] != 3:
         raise ValueError(f"v has shape {tuple(v.shape)}, but a point of the exponential cone has 3 entries.")
+    # A cone looks the same at every scale, so this one may be held fixed in derivatives.
     scale = v.detach().abs().amax(-1, keepdim=True)
-    scale = torch.where(scale > 0, scale, 1)
-    x, y, z = (v / scale).unbind(-1)
-    plain = tuple(t.detach() for t in (x, y, z))
-    inside, polar, flat = _inside(*plain), _inside_polar(*plain), _near_flat(*plain)
-    curved = ~(inside | polar | flat)
-    # Elsewhere a point takes the place of v for which all of this is regular.
-    on_boundary = _curved(*(torch.where(curved, t, 1) for t in (x, y, z)))
-    on_face = torch.stack([x.clamp(max=0), torch.relu(y), torch.relu(z)], -1)
-    near = torch.where(flat.unsqueeze(-1), on_face, on_boundary) * scale
-    near = torch.where(polar.unsqueeze(-1), 0, near)
-    return torch.where(inside.unsqueeze(-1) | v.isnan().any(-1, keepdim=True), v, near)
+    scale = torch.where((scale >= torch.finfo(v.dtype).tiny) & scale.isfinite(), scale, 1)
+    v = v / scale
+    x, y, z = v.unbind(-1)
+    logarithm = torch.where(z == 0, 1, z).abs().log()
+    inside = (y > 0) & (z > 0) & (x <= y * (logarithm - torch.where(y > 0, y, 1).log()))
+    inside |= ~v.isfinite().all(-1)  # stays as it is
+    below = (x > 0) & (z < 0) & (y <= x * (1 + logarithm - torch.where(x > 0, x, 1).log()))
+    flat = _is_flat(v.detach())
+    on_faces = torch.stack([x.clamp(max=0), torch.relu(y), torch.relu(z)], -1)
+    # The branches that are not taken must have finite derivatives too: they see a vector of ones.
+    curved = _on_curve(torch.where((inside | below | flat).unsqueeze(-1), 1, v))
+    nearest = torch.where(flat.unsqueeze(-1), on_faces, curved)
+    nearest = torch.where(below.unsqueeze(-1), 0, torch.where(inside.unsqueeze(-1), v, nearest))
+    return scale * nearest
 
 
-def _inside(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    ratio = torch.where(y > 0, x / torch.where(y > 0, y, 1), 0)
-    return ((y > 0) & (y * torch.exp(ratio) <= z)) | ((y == 0) & (x <= 0) & (z >= 0))
+def _on_curve(v: Tensor) -> Tensor:
+    """The nearest point where it is y (ρ, 1, exp(ρ)), and v less that point is a (1, 1 − ρ, −exp(−ρ)), both in front
+    positive. Of equal expressions for the same entry, those without cancellation are taken."""
+    z, ratio = v[..., 2], _Ratio.apply(v)
+    height, a = _heights(ratio, v)
+    right = ratio > 0
+    small = torch.where(right, -ratio, ratio).exp()
+    top = torch.where(right, z + a * small, height * small)
+    height = torch.where(right, top * small, height)
+    return torch.stack([ratio * height, height, top], -1)
 
 
-def _inside_polar(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """The polar cone is the closure of {x > 0, x · exp(y / x − 1) ≤ −z}."""
-    ratio = torch.where(x > 0, y / torch.where(x > 0, x, 1), 0)
-    return ((x > 0) & (x * torch.exp(ratio - 1) <= -z)) | ((x == 0) & (y <= 0) & (z <= 0))
+def _heights(ratio: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The y and a of a ratio ρ for which the first two entries of v are right."""
+    x, y, _ = v.unbind(-1)
+    q = ratio * (ratio - 1) + 1
+    return ((ratio - 1) * x + y) / q, (x - ratio * y) / q
 
 
-def _near_flat(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """Where the boundary is the face {x ≤ 0, y = 0, z ≥ 0}, or so near to {z = 0} or to the z-axis as to be flat."""
-    along_axis = (x > 0) & (y < 0) & (-y >= LARGEST_RATIO * x)
-    along_floor = (x < 0) & (y > 0) & (-x >= LARGEST_RATIO * y)
-    return ((x <= 0) & (y <= 0)) | along_axis | along_floor
+def _excess(ratio: Tensor, v: Tensor) -> Tensor:
+    """What the third entry then is above that of v, exp(ρ) y − exp(−ρ) a − z, times exp(−|ρ|)."""
+    height, a = _heights(ratio, v)
+    small = (-ratio.abs()).exp()
+    right = ratio > 0
+    return torch.where(right, height - small**2 * a, small**2 * height - a) - small * v[..., 2]
 
 
-def _curved(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    rho = _ratio(x.detach(), y.detach(), z.detach())
-    for _ in range(NEWTON_STEPS):
-        alpha, _, h, slope = _split(rho, x, y, z)
-        rho = rho - h / slope
-    alpha = _split(rho, x, y, z)[0]
-    return alpha.unsqueeze(-1) * torch.stack([rho, torch.ones_like(rho), rho.exp()], -1)
+def _slopes(ratio: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivatives of exp(ρ) y − exp(−ρ) a − z in ρ and, negative, in v, times q exp(−|ρ|).
+
+    That in ρ is a sum of positive terms.
+    """
+    height, a = _heights(ratio, v)
+    right = ratio > 0
+    small = torch.where(right, -ratio, ratio).exp()
+    up, down = torch.where(right, 1, small**2), torch.where(right, small**2, 1)
+    in_ratio = up * (height * ((ratio - 1) ** 2 + 1) + a) + down * (a * (ratio**2 + 1) + height)
+    in_v = torch.stack([up * (1 - ratio) + down, -up - down * ratio, small * (ratio * (ratio - 1) + 1)], -1)
+    return in_ratio, in_v
 
 
-def _split(rho: Tensor, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """α and β at a ratio, what is missing in the third equation, and its derivative in the ratio."""
-    size, turn = rho * rho - rho + 1, 2 * rho - 1
-    alpha, beta = ((rho - 1) * x + y) / size, (x - rho * y) / size
-    up, down = rho.exp(), (-rho).exp()
-    slope = ((x - alpha * turn) / size + alpha) * up - ((-y - beta * turn) / size - beta) * down
-    return alpha, beta, alpha * up - beta * down - z, slope
+def _farthest(v: Tensor) -> float:
+    """Where |ρ| is larger, exp(−|ρ|) is lost beside anything else, but exp(2|ρ|) does not overflow."""
+    return -0.5 * math.log(torch.finfo(v.dtype).tiny)
 
 
-def _ratio(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """The root by bisection, between the ratios for which α and β are not negative; h increases there."""
-    low = torch.where(x > 0, 1 - y / torch.where(x > 0, x, 1), -LARGEST_RATIO).clamp(-LARGEST_RATIO, LARGEST_RATIO)
-    high = torch.where(y > 0, x / torch.where(y > 0, y, 1), LARGEST_RATIO).clamp(-LARGEST_RATIO, LARGEST_RATIO)
-    for _ in range(BISECTIONS):
-        middle = low / 2 + high / 2
-        below = _split(middle, x, y, z)[2] < 0
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return low / 2 + high / 2
+def _bracket(v: Tensor) -> tuple[Tensor, Tensor]:
+    """The ends of the ratios for which y and a are positive."""
+    x, y, _ = v.unbind(-1)
+    low = torch.where(x > 0, 1 - y / torch.where(x > 0, x, 1), -torch.inf)
+    high = torch.where(y > 0, x / torch.where(y > 0, y, 1), torch.inf)
+    return low, high
+
+
+def _is_flat(v: Tensor) -> Tensor:
+    """Whether, to working precision, the nearest point is on a flat part of the boundary, and each entry by itself."""
+    (low, high), end = _bracket(v), _farthest(v)
+    far_right = (high > end) & ((low >= end) | (_excess(torch.full_like(low, end), v) <= 0))
+    far_left = (low < -end) & ((high <= -end) | (_excess(torch.full_like(low, -end), v) >= 0))
+    return ((v[..., 0] <= 0) & (v[..., 1] <= 0)) | far_right | far_left
+
+
+class _Ratio(torch.autograd.Function):
+    """ρ = x / y of the nearest point, for v whose nearest point is on the curved part of the boundary.
+
+    The derivative is in operations on v and on ρ itself, so that every order follows.
+    """
+
+    @staticmethod
+    def forward(v: Tensor) -> Tensor:
+        end = _farthest(v)
+        low, high = (bound.clamp(-end, end) for bound in _bracket(v))
+        for _ in range(math.ceil(math.log2(2 * end / NEAR))):
+            middle = low / 2 + high / 2
+            is_above = _excess(middle, v) > 0
+            low, high = torch.where(is_above, low, middle), torch.where(is_above, middle, high)
+        ratio = low / 2 + high / 2
+        for _ in range(NEWTON_STEPS):
+            q = ratio * (ratio - 1) + 1
+            ratio = torch.clamp(ratio - q * _excess(ratio, v) / _slopes(ratio, v)[0], low, high)
+        return ratio
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output, *inputs)
+        ctx.save_for_forward(output, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        in_ratio, in_v = _slopes(*ctx.saved_tensors)
+        return (g / in_ratio).unsqueeze(-1) * in_v
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Any:
+        # Forward AD is off inside this rule, and dual levels do not nest: without both lines jacfwd∘jacfwd is wrong.
+        with forward_ad._set_fwd_grad_enabled(True):
+            _, v = (forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors)
+            in_ratio, in_v = _slopes(_Ratio.apply(v), v)
+            return (in_v * tangent).sum(-1) / in_ratio
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, v: Tensor) -> tuple[Tensor, int]:
+        return _Ratio.apply(v.movedim(in_dims[0], 0)), 0
+
+
+NEAR, NEWTON_STEPS = 0.05, 5
+"""The function's second derivative is a few times its first at most: from as near as that, each step of Newton's method
+squares the error."""

@@ -1,6 +1,6 @@
 """Convex cones K and the nearest points of them, for :class:`implicitdiff.conditions.ConicProgram`.
 
-Sizes, order of entries and scaling are those of Clarabel. A cone of your own is a small class with a ``dimension`` and
+Sizes, order of entries and scaling are those of Clarabel. A cone of your own is a small class with a ``size`` and
 ``project``, in operations of torch.
 """
 
@@ -30,12 +30,12 @@ class Cone(ABC):
 
     @property
     @abstractmethod
-    def dimension(self) -> int:
+    def size(self) -> int:
         """The number of entries of its vectors."""
 
     @abstractmethod
     def project(self, v: Tensor) -> Tensor:
-        """The nearest point of K to v, of shape (*batch, dimension)."""
+        """The nearest point of K to v, of shape (*batch, size)."""
 
     def project_dual(self, v: Tensor) -> Tensor:
         """The nearest point of the dual cone {y : ⟨y, s⟩ ≥ 0 for every s of K}, by Moreau's v = Π_K*(v) − Π_K(−v).
@@ -55,10 +55,12 @@ class _Sized(Cone):
 
     def __post_init__(self) -> None:
         if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < self.least:
-            raise ValueError(f"{type(self).__name__}({self.n!r}): n must be an integer of at least {self.least}.")
+            raise ValueError(
+                f"n is {self.n!r}, but {type(self).__name__}(n) takes an integer of at least {self.least}."
+            )
 
     @property
-    def dimension(self) -> int:
+    def size(self) -> int:
         return self.n
 
 
@@ -66,7 +68,7 @@ class Zero(_Sized):
     """{0} in n dimensions: rows that are equalities. Its dual is the whole space."""
 
     def project(self, v: Tensor) -> Tensor:
-        return torch.zeros_like(v)
+        return 0 * v
 
 
 class NonNegative(_Sized):
@@ -97,28 +99,28 @@ class PositiveSemidefinite(_Sized):
     ``PSDTriangleConeT``; SCS has the lower triangle column by column, another order from n = 3 on.
 
     >>> cone = PositiveSemidefinite(2)
-    >>> cone.to_matrix(cone.project(cone.to_vector(torch.tensor([[0.0, 2.0], [2.0, 0.0]])))).round(decimals=3)
+    >>> cone.matrix(cone.project(cone.vector(torch.tensor([[0.0, 2.0], [2.0, 0.0]])))).round(decimals=3)
     tensor([[1., 1.],
             [1., 1.]])
     """
 
     @property
-    def dimension(self) -> int:
+    def size(self) -> int:
         return self.n * (self.n + 1) // 2
 
     def project(self, v: Tensor) -> Tensor:
-        return self.to_vector(positive_semidefinite_cone(self.to_matrix(v)))
+        return self.vector(positive_semidefinite_cone(self.matrix(v)))
 
-    def to_vector(self, X: Tensor) -> Tensor:
-        """The vector, of shape (*batch, dimension), of symmetric matrices (*batch, n, n)."""
+    def vector(self, X: Tensor) -> Tensor:
+        """The vector, of shape (*batch, size), of symmetric matrices (*batch, n, n)."""
         column, row = torch.tril_indices(self.n, self.n, device=X.device)
-        return torch.where(row == column, 1, math.sqrt(2)).to(X.dtype) * X[..., row, column]
+        return torch.where(row == column, 1, X.new_full((), math.sqrt(2))) * X[..., row, column]
 
-    def to_matrix(self, v: Tensor) -> Tensor:
-        """The symmetric matrices, of shape (*batch, n, n), of vectors (*batch, dimension)."""
+    def matrix(self, v: Tensor) -> Tensor:
+        """The symmetric matrices, of shape (*batch, n, n), of vectors (*batch, size)."""
         i = torch.arange(self.n, device=v.device)
         low, high = torch.minimum(i, i.unsqueeze(-1)), torch.maximum(i, i.unsqueeze(-1))
-        return torch.where(low == high, 1, math.sqrt(0.5)).to(v.dtype) * v[..., high * (high + 1) // 2 + low]
+        return torch.where(low == high, 1, v.new_full((), math.sqrt(0.5))) * v[..., high * (high + 1) // 2 + low]
 
 
 @dataclass(frozen=True)
@@ -127,21 +129,21 @@ class Exponential(Cone):
 
     Its dual is the closure of {(u, v, w) : −u exp(v/u) ≤ e w, u < 0}.
 
-    >>> Exponential().project(torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64))
-    tensor([0.5789, 0.8818, 1.7002], dtype=torch.float64)
+    >>> Exponential().project(torch.tensor([1.0, 1.0, 0.0])).round(decimals=3)
+    tensor([0.1470, 0.4350, 0.6090])
     """
 
     @property
-    def dimension(self) -> int:
+    def size(self) -> int:
         return 3
 
     def project(self, v: Tensor) -> Tensor:
         return exponential_cone(v)
 
 
-def dimension_of(cones: Sequence[Cone]) -> int:
-    """The dimension of the product of cones."""
-    return sum(cone.dimension for cone in cones)
+def size_of(cones: Sequence[Cone]) -> int:
+    """The number of entries of the product of cones."""
+    return sum(cone.size for cone in cones)
 
 
 def project_onto_product(cones: Sequence[Cone], v: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ def project_onto_product(cones: Sequence[Cone], v: Tensor) -> Tensor:
     parts, start = [v[..., :0]], 0
     for cone, group in itertools.groupby(cones):
         count = len(list(group))
-        part = v[..., start : start + count * cone.dimension]
-        parts.append(cone.project(part.unflatten(-1, (count, cone.dimension))).flatten(-2))
-        start += count * cone.dimension
+        part = v[..., start : start + count * cone.size]
+        parts.append(cone.project(part.unflatten(-1, (count, cone.size))).flatten(-2))
+        start += count * cone.size
     return torch.cat(parts, -1)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..cones import Cone, dimension_of, project_onto_product
+from ..cones import Cone, project_onto_product, size_of
 from ..errors import ImplicitDiffError
 from ..operators import Structure
 
@@ -47,14 +47,14 @@ class ConicProgram:
     >>> from implicitdiff.cones import NonNegative, Zero
     >>> @idf.implicit(ConicProgram([Zero(1), NonNegative(2)]))
     ... def linear_program(init, A, b, c):
-    ...     found = scipy.optimize.linprog(c, A[1:], b[1:], A[:1], b[:1], bounds=(None, None))
-    ...     multipliers = [*found.eqlin.marginals, *found.ineqlin.marginals]
-    ...     return ConicPoint(torch.tensor(found.x), -torch.tensor(multipliers))
+    ...     G, h = A.numpy(), b.numpy()
+    ...     found = scipy.optimize.linprog(c.numpy(), G[1:], h[1:], G[:1], h[:1], bounds=(None, None))
+    ...     return ConicPoint(torch.tensor(found.x), -torch.tensor([*found.eqlin.marginals, *found.ineqlin.marginals]))
     >>> A = torch.tensor([[1.0, 1.0], [-1.0, 0.0], [0.0, -1.0]], dtype=torch.float64)
     >>> b = torch.tensor([3.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
-    >>> x, y = linear_program(None, A, b, torch.tensor([1.0, 2.0], dtype=torch.float64))
-    >>> x.tolist(), torch.autograd.grad(x[0], b)[0].tolist()
-    ([3.0, 0.0], [1.0, 0.0, 1.0])
+    >>> x = linear_program(None, A, b, torch.tensor([1.0, 2.0], dtype=torch.float64)).primal
+    >>> [round(g, 6) + 0.0 for g in torch.autograd.grad(x[0], b)[0].tolist()]
+    [1.0, 0.0, 1.0]
     """
 
     structure: Structure = "general"
@@ -78,16 +78,13 @@ class ConicProgram:
     def _checked(self, x: Any, A: Tensor, b: Tensor, c: Tensor, P: Tensor | None) -> ConicPoint:
         if not isinstance(x, tuple) or len(x) != 2:
             raise ImplicitDiffError(f"x must be a ConicPoint(primal, dual), but it is {x!r}.")
-        point, m = ConicPoint(*x), dimension_of(self.cones)
-        (n,) = c.shape if c.ndim == 1 else (c.numel(),)
-        tensors = {"A": A, "b": b, "c": c, "x.primal": point.primal, "x.dual": point.dual}
-        if P is not None:
-            tensors["P"] = P
-        wanted = {"A": (m, n), "b": (m,), "c": (n,), "x.primal": (n,), "x.dual": (m,), "P": (n, n)}
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != wanted[name]:
-                raise ImplicitDiffError(
-                    f"{name} has shape {tuple(tensor.shape)}, but it must be {wanted[name]}: the cones have {m} "
-                    f"entries in all, and c has {n}. Batches go through torch.func.vmap."
-                )
+        point, m, n = ConicPoint(*x), size_of(self.cones), c.shape[-1]
+        tensors = {"A": A, "b": b, "c": c, "P": P} | point._asdict()
+        given = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+        wanted = {"A": (m, n), "b": (m,), "c": (n,), "P": (n, n), "primal": (n,), "dual": (m,)}
+        if any(given[name] != wanted[name] for name in given):
+            raise ImplicitDiffError(
+                f"with cones of {m} entries in all and c of {n}, the shapes must be {wanted}, but they are {given}. "
+                f"Batches go through torch.func.vmap."
+            )
         return point

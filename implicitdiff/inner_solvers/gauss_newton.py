@@ -71,7 +71,8 @@ class GaussNewton(InnerSolver):
     def step(self, problem: InnerProblem, state: GaussNewtonState) -> GaussNewtonState:
         J = cast(JacobianOperator, problem.least_squares_jacobian(state.x))
         direction = -self._solver(state.x.shape[-1]).solve(J, J.value).value
-        # That of a system that is done may be anything: it is not taken.
+        # An overflown one is not taken: the steepest descent is.
+        direction = torch.where(direction.isfinite().all(-1, keepdim=True), direction, 0)
         return self._state(advance(problem, state.here, direction, torch.ones_like(state.here.step)))
 
     def _solver(self, n: int) -> LinearSolver:

@@ -323,6 +323,29 @@ def test_a_step_into_nan_is_not_taken() -> None:
     torch.testing.assert_close(x, torch.full((1,), 0.01, dtype=D), rtol=1e-8, atol=0)
 
 
+def test_a_point_without_a_gradient_is_not_taken() -> None:
+    """Below 1 the value is finite and the gradient is not: it goes up to there and says that it cannot go on."""
+    fit = layer(
+        lambda x: x - 0.5 + 0 * torch.where(x > 1, torch.sqrt(x - 1), 0), LevenbergMarquardt(on_failure="ignore")
+    )
+    solution = fit.solve(torch.full((1,), 4.0, dtype=D))
+    assert statuses(solution.forward) == ["STAGNATED"]
+    assert 1 <= float(solution.value) < 1.1
+
+
+def test_an_overflown_direction_is_not_taken() -> None:
+    class Overflowing(idf.LinearSolver):
+        takes_rectangular = True
+
+        def solve(self, A: Any, b: Tensor, x0: Tensor | None = None) -> Any:
+            solution = idf.Dense().solve(A, b)
+            return idf.LinearSolution(torch.full_like(solution.value, -torch.inf), solution.info)
+
+    solution = layer(lambda x: x - 3, GaussNewton(Overflowing())).solve(torch.zeros(2, dtype=D))
+    assert bool(solution.forward.converged)
+    torch.testing.assert_close(solution.value, torch.full((2,), 3.0, dtype=D))
+
+
 # ------------------------------------------------------------------------------------------------------- mistakes
 
 
