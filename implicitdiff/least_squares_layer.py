@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from .conditions import Tree
-from .inner_solvers.levenberg_marquardt import LevenbergMarquardt
 from .layers import ArgminLayer
 from .least_squares import LeastSquares
 
@@ -51,6 +50,4 @@ class LeastSquaresLayer(ArgminLayer):
         linear_solver: Any = None,
         polish: bool = False,
     ) -> None:
-        if inner_solver is None:
-            inner_solver = LevenbergMarquardt()
         super().__init__(LeastSquares(residual), inner_solver=inner_solver, linear_solver=linear_solver, polish=polish)
