@@ -32,10 +32,11 @@ copybutton_prompt_is_regexp = True
 
 
 def _escape_shapes(app, what, name, obj, options, lines) -> None:
-    """Shapes such as (*batch, n) are no emphasis."""
-    lines[:] = [
-        line.replace("(*batch", r"(\*batch").replace("(*args", r"(\*args").replace(", *", r", \*") for line in lines
-    ]
+    """Shapes such as (*batch, n) are no emphasis, and absolute values no substitutions."""
+    for i, line in enumerate(lines):
+        line = line.replace("(*batch", r"(\*batch").replace("(*args", r"(\*args").replace(", *", r", \*")
+        is_code = "``" in line or line.lstrip().startswith((">>>", "..."))
+        lines[i] = line if is_code else line.replace("|", r"\|")
 
 
 def setup(app) -> None:

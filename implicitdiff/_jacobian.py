@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .operators import LinearOperator, Structure
 
+TALL = 4
+"""With so many times more rows than columns, columns cost less than rows, although they need one graph more."""
+
 
 class JacobianOperator(LinearOperator):
     """The Jacobian of ``residual`` at x of shape (*batch, n), block by block; (m, n) for a residual of (*batch, m).
@@ -61,12 +64,15 @@ class JacobianOperator(LinearOperator):
         return list(torch.autograd.grad(self._residual, tensors, u, allow_unused=True, materialize_grads=True))
 
     def to_dense(self) -> Tensor:
+        m, n = self.shape
+        if 0 in self.shape:
+            return torch.zeros(*self.batch_shape, m, n, dtype=self.dtype, device=self.device)
+        if m > TALL * n:
+            _ = self._pullback  # outside of vmap, as it builds a graph
+            return torch.func.vmap(self.matvec)(self._basis()).movedim(0, -1)
         # Rows of A by Aᵀ eᵢ: one graph less than columns by A eᵢ.
-        m = self.shape[0]
         rows = torch.eye(m, dtype=self.dtype, device=self.device)
         rows = rows.reshape(m, *(1 for _ in self.batch_shape), m).expand(m, *self.batch_shape, m)
-        if m == 0:
-            return rows.new_zeros(*self.batch_shape, *self.shape)
         return torch.func.vmap(self.rmatvec)(rows).movedim(0, -2).conj().resolve_conj()
 
     def diagonal(self) -> Tensor:

@@ -140,7 +140,7 @@ class InnerProblem:
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient from one evaluation."""
         self._need_objective("gradient")
-        if self._differentiable or transform_level():
+        if (self._differentiable and torch.is_grad_enabled()) or transform_level():
             return self._graph_gradient(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
@@ -156,11 +156,7 @@ class InnerProblem:
 
     def jacobian(self, x: Tensor) -> JacobianOperator | ChunkedJacobian:
         """∂F/∂x at x, an operator on (*batch, n) whose products share one graph."""
-        if self._differentiable:
-            raise ImplicitDiffError(
-                "an inner solver that uses problem.hessian or problem.jacobian cannot be unrolled, as its products are "
-                "not followed: unroll a first-order one (GradientDescent, LBFGS, Anderson), or use an implicit layer."
-            )
+        self._need_no_derivative()
         operator: JacobianOperator | ChunkedJacobian
         if isinstance(self._condition, Stationary) and self._condition.chunks is not None:
             operator = ChunkedJacobian(self._slices(x, *self._condition.chunks), x)
@@ -255,7 +251,8 @@ class InnerProblem:
         return self._part(self.problem.equations.least_squares)(x, *self.inputs)
 
     def least_squares_jacobian(self, x: Tensor) -> JacobianOperator:
-        """∂r/∂x at x, of shape (m, n)."""
+        """∂r/∂x at x, of shape (m, n), with r as its ``value``."""
+        self._need_no_derivative()
         return JacobianOperator(self.least_squares_residual, x, "general")
 
     def leave_inverse(self, inverse: LimitedMemory) -> None:
@@ -275,6 +272,13 @@ class InnerProblem:
     def _graph_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient with a graph, for what differentiates through them."""
         return _graph_gradient(lambda x: self._objective(x, *self.inputs), x)
+
+    def _need_no_derivative(self) -> None:
+        if self._differentiable:
+            raise ImplicitDiffError(
+                "an inner solver that uses problem.hessian or problem.jacobian cannot be unrolled, as its products are "
+                "not followed: unroll a first-order one (GradientDescent, LBFGS, Anderson), or use an implicit layer."
+            )
 
     def _need_objective(self, name: str) -> None:
         if self.problem.equations.minimised is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._iteration import iterate
+from .._jacobian import JacobianOperator
 from .._limited_memory import LimitedMemory
 from .._vectors import vector_norm
 from ..conditions import Condition, Stationary
@@ -53,8 +54,8 @@ class InnerProblem(Protocol):
     def least_squares_residual(self, x: Tensor) -> Tensor:
         """r of an objective ½‖r(x)‖², of shape (*batch, m)."""
 
-    def least_squares_jacobian(self, x: Tensor) -> LinearOperator:
-        """∂r/∂x at x, of shape (m, n)."""
+    def least_squares_jacobian(self, x: Tensor) -> JacobianOperator:
+        """∂r/∂x at x, of shape (m, n), with r as its ``value``."""
 
     def leave_inverse(self, inverse: LimitedMemory) -> None:
         """Leave an estimate of the inverse Hessian for the backward pass."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._jacobian import JacobianOperator
 from ..info import FailurePolicy
 from ..linear_solvers.auto import DENSE_UP_TO
 from ..linear_solvers.base import LinearSolver, as_linear_solver
 from ..linear_solvers.dense import Dense
 from ..linear_solvers.lsmr import LSMR
 from ._line_search import Iterate, advance, first_iterate
-from ._unfollowed import refuse_to_be_unrolled
 from .base import InnerProblem, InnerSolver
 
 
@@ -65,11 +63,10 @@ class GaussNewton(InnerSolver):
 
     def start(self, problem: InnerProblem, x0: Tensor) -> GaussNewtonState:
         here = first_iterate(problem, x0)
-        refuse_to_be_unrolled(self, here.residual_norm)
         return self._state(here)
 
     def step(self, problem: InnerProblem, state: GaussNewtonState) -> GaussNewtonState:
-        J = cast(JacobianOperator, problem.least_squares_jacobian(state.x))
+        J = problem.least_squares_jacobian(state.x)
         direction = -self._solver(state.x.shape[-1]).solve(J, J.value).value
         # An overflown one is not taken: the steepest descent is.
         direction = torch.where(direction.isfinite().all(-1, keepdim=True), direction, 0)

@@ -85,7 +85,7 @@ class LBFGS(InnerSolver):
                     f"LBFGS has bounds with a lower one above the upper one, lower={self.lower!r} and "
                     f"upper={self.upper!r}: no x satisfies both."
                 )
-            x0 = problem.apply(self._projection, x0)
+            x0 = problem.apply(self._projection, x0).detach()  # a start is a constant
             here = first_iterate(problem, x0, lambda v: problem.apply(self._projection, v))
         else:
             here = first_iterate(problem, x0)

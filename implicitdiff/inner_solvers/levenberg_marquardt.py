@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from ..linear_solvers.cg import CG
 from ..linear_solvers.system import System
 from ..operators import FunctionOperator
 from ._step_search import Progress, first_progress, progress_after
-from ._unfollowed import refuse_to_be_unrolled
 from .base import InnerProblem, InnerSolver
 
 DENSE_UP_TO = 500
@@ -65,8 +64,7 @@ class LevenbergMarquardt(InnerSolver):
         super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
 
     def start(self, problem: InnerProblem, x0: Tensor) -> LevenbergMarquardtState:
-        refuse_to_be_unrolled(self, problem.least_squares_residual(x0))
-        J = _jacobian(problem, x0)
+        J = problem.least_squares_jacobian(x0)
         residuals = J.value
         gradient = J.rmatvec(residuals)
         norm = vector_norm(gradient)
@@ -87,7 +85,7 @@ class LevenbergMarquardt(InnerSolver):
     def step(self, problem: InnerProblem, state: LevenbergMarquardtState) -> LevenbergMarquardtState:
         d = self._damped_step(problem, state)
         x = state.x + d
-        J = _jacobian(problem, x)
+        J = problem.least_squares_jacobian(x)
         residuals = J.value
         gradient = J.rmatvec(residuals)
         ratio, hidden = _gain_ratio(state, d, residuals, gradient)
@@ -121,16 +119,12 @@ class LevenbergMarquardt(InnerSolver):
     @staticmethod
     def _damped_step(problem: InnerProblem, state: LevenbergMarquardtState) -> Tensor:
         if state.factor is None or state.rotated is None:
-            return _by_products(_jacobian(problem, state.x), state)
+            return _by_products(problem.least_squares_jacobian(state.x), state)
         # The triangle of [J; √μ D]: JᵀJ would square the condition number.
         damped = torch.diag_embed(state.damping.sqrt().unsqueeze(-1) * state.scale)
         Q, R = torch.linalg.qr(torch.cat([state.factor, damped], dim=-2))
         top = Q[..., : state.factor.shape[-2], :]
         return -torch.linalg.solve_triangular(R, top.mT @ state.rotated.unsqueeze(-1), upper=True).squeeze(-1)
-
-
-def _jacobian(problem: InnerProblem, x: Tensor) -> JacobianOperator:
-    return cast(JacobianOperator, problem.least_squares_jacobian(x))
 
 
 def _factorised(J: JacobianOperator, residuals: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ def ours(solver: str, name: str) -> Run:
     inner_solver = SOLVERS[solver](tol=TOLERANCES.get(name, 1e-6), max_iterations=budget, on_failure="ignore")
     solution = layer(counted, inner_solver).solve(problem.start)
     # One evaluation looks for captured tensors, one for an unrolling.
-    return Run(float(problem.objective(solution.value)), count - 2, solution.forward)
+    return Run(float(problem.objective(solution.value)), count - 1, solution.forward)
 
 
 def is_an_optimum(problem: LeastSquaresProblem, value: float) -> bool:
