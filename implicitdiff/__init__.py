@@ -22,12 +22,20 @@ from . import (
 from .api import attach, implicit
 from .checks import check
 from .conditions import KKT, FixedPoint, KKTPoint, Root, Stationary
-from .deq import DEQ
 from .errors import ConvergenceError, ConvergenceWarning, ImplicitDiffError
 from .info import LinearSolution, Solution, SolveInfo, Status, record
-from .layers import ArgminLayer, FixedPointLayer, RootLayer
+from .layers import (
+    DEQ,
+    ArgminLayer,
+    FixedPointLayer,
+    LeastSquaresLayer,
+    QPLayer,
+    RootLayer,
+    SemidualNewton,
+    SinkhornLayer,
+    UnrolledLayer,
+)
 from .least_squares import LeastSquares
-from .least_squares_layer import LeastSquaresLayer
 from .linear_solvers import (
     CG,
     GMRES,
@@ -45,9 +53,6 @@ from .linear_solvers import (
     SciPy,
 )
 from .operators import LinearOperator
-from .qp_layer import QPLayer
-from .sinkhorn_layer import SemidualNewton, SinkhornLayer
-from .unrolled import UnrolledLayer
 
 __all__ = [
     "CG",

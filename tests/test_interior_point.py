@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import implicitdiff as idf
-from implicitdiff._interior_point import Optimum, Program, default_tolerance, solve_program
+from implicitdiff.layers._interior_point import Optimum, Program, default_tolerance, solve_program
 
 from .problems import random
 

@@ -15,7 +15,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 import implicitdiff as idf
 from implicitdiff.inner_solvers.gauss_newton import GaussNewton
 from implicitdiff.inner_solvers.levenberg_marquardt import LevenbergMarquardt
-from implicitdiff.least_squares_layer import LeastSquaresLayer
+from implicitdiff.layers.least_squares import LeastSquaresLayer
 
 from .problems import random
 

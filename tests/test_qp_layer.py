@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import implicitdiff as idf
-from implicitdiff.qp_layer import QPLayer
+from implicitdiff.layers.quadratic_program import QPLayer
 
 from .problems import random, vector
 from .test_interior_point import chosen

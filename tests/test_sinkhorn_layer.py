@@ -14,7 +14,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import implicitdiff as idf
 from implicitdiff.inner_solvers import Anderson, FixedPointIteration
-from implicitdiff.sinkhorn_layer import SemidualNewton, SinkhornLayer
+from implicitdiff.layers.sinkhorn import SemidualNewton, SinkhornLayer
 
 from .problems import random, vector
 

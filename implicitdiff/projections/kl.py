@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ImplicitDiffError
-from ..sinkhorn_layer import SinkhornLayer
+from ..layers import SinkhornLayer
 
 
 def kl_simplex(v: Tensor, total: Tensor | float = 1.0) -> Tensor:

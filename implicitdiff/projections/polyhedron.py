@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..qp_layer import QPLayer
+from ..layers import QPLayer
 
 
 def polyhedron(

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._iteration import iterate, select
-from ._vectors import dot, inner
-from .info import RUNNING, Status
+from .._iteration import iterate, select
+from .._vectors import dot, inner
+from ..info import RUNNING, Status
 
 BACK_OFF = 0.99
 """The part of the way to the boundary that a step goes."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .conditions import Tree
-from .info import Solution
-from .layers import FixedPointLayer
+from ..conditions import Tree
+from ..info import Solution
+from .implicit_layers import FixedPointLayer
 
 
 class DEQ(nn.Module):

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._captures import plain_value
-from ._marginals import check_marginals
-from ._vectors import dot, vector_norm
-from .info import FailurePolicy, Solution
-from .inner_solvers import InnerSolver
-from .layers import FixedPointLayer
+from .._captures import plain_value
+from .._marginals import check_marginals
+from .._vectors import dot, vector_norm
+from ..info import FailurePolicy, Solution
+from ..inner_solvers import InnerSolver
+from .implicit_layers import FixedPointLayer
 
 LEVEL_TOLERANCE = 0.5
 LEVEL_FACTOR = 4.0

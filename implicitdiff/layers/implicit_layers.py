@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .api import check_condition, solve_condition
-from .conditions import Condition, FixedPoint, Root, Tree
-from .conditions.base import checked_callable
-from .info import Solution
-from .inner_solvers import LBFGS, Anderson, LevenbergMarquardt, Newton
-from .inner_solvers._polished import Polished
-from .inner_solvers._verified import Verified
-from .inner_solvers.base import as_inner_solver
-from .least_squares import LeastSquares
-from .linear_solvers import Auto
-from .linear_solvers.base import as_linear_solver
+from ..api import check_condition, solve_condition
+from ..conditions import Condition, FixedPoint, Root, Tree
+from ..conditions.base import checked_callable
+from ..info import Solution
+from ..inner_solvers import LBFGS, Anderson, LevenbergMarquardt, Newton
+from ..inner_solvers._polished import Polished
+from ..inner_solvers._verified import Verified
+from ..inner_solvers.base import as_inner_solver
+from ..least_squares import LeastSquares
+from ..linear_solvers import Auto
+from ..linear_solvers.base import as_linear_solver
 
 
 class ImplicitLayer(nn.Module):

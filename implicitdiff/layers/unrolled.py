@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ._captures import plain_value
-from ._equations import Equations
-from ._iteration import any_of, select
-from ._problem import ConditionProblem, InnerProblem
-from .conditions import Tree
-from .info import Solution, SolveInfo, Status, report
-from .inner_solvers.base import InnerSolver
+from .._captures import plain_value
+from .._equations import Equations
+from .._iteration import any_of, select
+from .._problem import ConditionProblem, InnerProblem
+from ..conditions import Tree
+from ..info import Solution, SolveInfo, Status, report
+from ..inner_solvers.base import InnerSolver
 
 
 class UnrolledLayer(nn.Module):

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ._autograd import solution_of
-from ._equations import Equations
+from .._autograd import solution_of
+from .._equations import Equations
+from .._problem import ConditionProblem, InnerProblem
+from .._vectors import vector_norm
+from ..api import refuse_tracing
+from ..conditions import KKT, KKTPoint
+from ..errors import ImplicitDiffError
+from ..info import FailurePolicy, LinearSolution, Solution, SolveInfo, Status
+from ..linear_solvers import Dense, LinearSolver
+from ..linear_solvers.base import as_linear_solver, check_max_iterations, check_not_negative, check_policy
+from ..linear_solvers.system import System
+from ..operators import LinearOperator, Transpose
 from ._interior_point import Optimum, Program, default_tolerance, solve_program, times
-from ._problem import ConditionProblem, InnerProblem
-from ._vectors import vector_norm
-from .api import refuse_tracing
-from .conditions import KKT, KKTPoint
-from .errors import ImplicitDiffError
-from .info import FailurePolicy, LinearSolution, Solution, SolveInfo, Status
-from .linear_solvers import Dense, LinearSolver
-from .linear_solvers.base import as_linear_solver, check_max_iterations, check_not_negative, check_policy
-from .linear_solvers.system import System
-from .operators import LinearOperator, Transpose
 
 
 class QPLayer(nn.Module):

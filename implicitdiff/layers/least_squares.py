@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .conditions import Tree
-from .layers import ArgminLayer
-from .least_squares import LeastSquares
+from ..conditions import Tree
+from ..least_squares import LeastSquares
+from .implicit_layers import ArgminLayer
 
 
 class LeastSquaresLayer(ArgminLayer):
