@@ -20,7 +20,7 @@ from cvxpylayers.torch import CvxpyLayer
 from qpth.qp import QPFunction
 from torch import Tensor
 
-from implicitdiff.layers.quadratic_program import QPLayer
+from implicitdiff import QPLayer
 
 AGREEMENT = 1e-6
 SETTINGS = {"solve_method": "SCS", "eps": 1e-9, "mode": "dense"}

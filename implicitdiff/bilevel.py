@@ -13,8 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .conditions import Tree
 from .info import Solution
-from .inner_solvers._polished import Polished
-from .inner_solvers._verified import Verified
+from .inner_solvers._wrapper import Wrapper
 from .layers import ImplicitLayer
 
 
@@ -46,7 +45,7 @@ class WarmStart(nn.Module):
             raise TypeError(f"layer is {layer!r}, but it must be an ArgminLayer, RootLayer or FixedPointLayer.")
         self.layer = copy.copy(layer)
         self.layer.inner_solver = inner = copy.copy(layer.inner_solver)
-        if isinstance(inner, (Polished, Verified)):
+        if isinstance(inner, Wrapper):
             inner.inner_solver = copy.copy(inner.inner_solver)
         self.layer.linear_solver = copy.copy(layer.linear_solver)
         if hasattr(self.layer.linear_solver, "warm_start"):

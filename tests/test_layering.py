@@ -46,9 +46,8 @@ ROWS = (
     ("testing.linear_solver",),
     ("testing",),
     ("inner_solvers.base",),
-    ("inner_solvers._line_search", "inner_solvers._polished", "inner_solvers._step_search"),
-    ("inner_solvers._unfollowed", "inner_solvers._verified"),
-    ("inner_solvers._scipy", "inner_solvers._strong_wolfe"),
+    ("inner_solvers._line_search", "inner_solvers._step_search", "inner_solvers._unfollowed", "inner_solvers._wrapper"),
+    ("inner_solvers._polished", "inner_solvers._scipy", "inner_solvers._strong_wolfe", "inner_solvers._verified"),
     (
         "inner_solvers.anderson",
         "inner_solvers.bisection",

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from .._linear_problem import solve_and_report
 from .._vectors import vector_norm
-from ..info import FailurePolicy, SolveInfo
+from ..info import SolveInfo
 from ..linear_solvers.base import LinearSolver
+from ._wrapper import Wrapper
 from .base import InnerProblem
 
 
-class Polished:
+class Polished(Wrapper):
     """An inner solver whose solution x is improved to x − A⁻¹ F(x) where that lowers ‖F‖₂, system by system.
 
     The error of a derivative is of the order of ‖x − x*‖, which the step squares (Ablin, Peyré and Moreau 2020 on such
@@ -30,21 +31,9 @@ class Polished:
     """
 
     def __init__(self, inner_solver: Any, linear_solver: LinearSolver) -> None:
-        self.inner_solver, self.linear_solver = inner_solver, copy.copy(linear_solver)
+        super().__init__(inner_solver)
+        self.linear_solver = copy.copy(linear_solver)
         self.linear_solver.rtol = linear_solver.rtol**0.5
-
-    @property
-    def on_failure(self) -> FailurePolicy:
-        return self.inner_solver.on_failure
-
-    @property
-    def tol(self) -> float | None:
-        """That of the inner solver."""
-        return getattr(self.inner_solver, "tol", None)
-
-    @tol.setter
-    def tol(self, tol: float | None) -> None:
-        self.inner_solver.tol = tol
 
     def solve(self, problem: InnerProblem, x0: Tensor) -> tuple[Tensor, SolveInfo]:
         x, info = self.inner_solver.solve(problem, x0)
