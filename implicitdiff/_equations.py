@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ class Equations:
         """The objective, a scalar."""
         assert self.minimised is not None
         args, kwargs = self.arguments.rebuild(tensors)
-        value = self.minimised(self.vectorizer.unravel(x), *args, **kwargs)
+        value = _called(self.minimised, "the objective", self.vectorizer.unravel(x), *args, **kwargs)
         if not isinstance(value, Tensor) or value.numel() != 1:
             given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ImplicitDiffError(
@@ -68,7 +69,8 @@ class Equations:
             args, kwargs = self.arguments.rebuild(inputs[numbers:])
             name = getattr(function, "__name__", type(function).__name__)
             what = "the residual" if name == "residual" else f"what {name} returned"
-            return self.vectorizer.ravel(function(self.vectorizer.unravel(x), *inputs[:numbers], *args, **kwargs), what)
+            value = _called(function, name, self.vectorizer.unravel(x), *inputs[:numbers], *args, **kwargs)
+            return self.vectorizer.ravel(value, what)
 
         return on_vectors
 
@@ -78,3 +80,22 @@ class Equations:
         args, kwargs = self.arguments.rebuild(tensors)
         tree = self.minimised.residual(self.vectorizer.unravel(x), *args, **kwargs)
         return Vectorizer.of(tree, "the residual").ravel(tree, "the residual")
+
+
+def _called(function: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+    """The value of a user's function; an error that says how it was called where that is not what it takes."""
+    try:
+        return function(*args, **kwargs)
+    except TypeError as error:
+        try:
+            signature = inspect.signature(function)
+            signature.bind(*args, **kwargs)
+        except TypeError:
+            given = ", ".join([*(type(arg).__name__ for arg in args), *(f"{key}=…" for key in kwargs)])
+            raise TypeError(
+                f"{name} takes {signature}, but it was called with {len(args) + len(kwargs)} arguments, ({given}): x "
+                f"first, for a prox the stepsize, then all args of the layer. Accept what it does not need as *args."
+            ) from error
+        except ValueError:  # no signature to be had
+            pass
+        raise

@@ -68,6 +68,11 @@ _REMEDIES = {
     Status.UNBOUNDED: "the objective falls without end: add constraints or a quadratic term",
 }
 
+_REMEDIES_OF_INNER_SOLVES = _REMEDIES | {
+    Status.BREAKDOWN: "the method cannot go on from where it is (no change of sign between the bounds of a bisection, "
+    "a matrix that is singular or not finite): start elsewhere, or take another inner solver",
+}
+
 
 @dataclass(frozen=True)
 class SolveInfo:
@@ -237,7 +242,8 @@ def _failure_message(kind: str, info: SolveInfo) -> str:
     what = {"forward": "the inner problem", "linear": "the linear system"}.get(kind, f"the {kind} linear system")
     which = "" if total == 1 else f" for {count} of {total} systems"
     norm = "‖F(x)‖" if kind == "forward" else "relative residual"
-    remedies = "; ".join(_REMEDIES.get(s, "") for s in statuses)
+    known = _REMEDIES_OF_INNER_SOLVES if kind == "forward" else _REMEDIES
+    remedies = "; ".join(known.get(s, "") for s in statuses)
     if statuses == [Status.NOT_SMOOTH]:
         return (
             f"{info.method} solved {what}, but not uniquely{which}: NOT_SMOOTH, {remedies}. "

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 import implicitdiff as idf
-from implicitdiff import conditions, projections, prox
+from implicitdiff import conditions, inner_solvers, projections, prox
 from implicitdiff.conditions import KKT, KKTPoint
 
 from .problems import random, rotated, vector
@@ -651,6 +651,13 @@ def test_a_given_condition_is_what_the_report_tells_of() -> None:
             ),
             idf.ImplicitDiffError,
             r"shapes \[\(2,\)\], but it has \[\(1,\)\]",
+        ),
+        (
+            lambda: idf.ArgminLayer(
+                lambda x, t: (x - t).square().sum(), inner_solver=inner_solvers.ProximalGradient(lambda v, s: v)
+            )(torch.zeros(2), torch.ones(2)),
+            TypeError,
+            r"<lambda> takes \(v, s\), but it was called with 3 arguments",
         ),
         (lambda: idf.Stationary(lambda x: x.sum(), chunks=(0, 4)), ValueError, r"chunks is \(0, 4\)"),
         (lambda: idf.ArgminLayer(lambda x: x.sum(), condition=idf.Stationary), TypeError, "condition is"),
