@@ -64,7 +64,12 @@ def dual_level_is_open() -> bool:
 
 def is_dual(tensor: Tensor) -> bool:
     """Whether the tensor carries a forward-mode tangent."""
-    return dual_level_is_open() and forward_ad.unpack_dual(tensor).tangent is not None
+    if not dual_level_is_open():
+        return False
+    if is_transformed(tensor):
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    with temporarily_clear_interpreter_stack():  # transforms around, that do not wrap it, would hide it
+        return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 @dataclass(frozen=True)
