@@ -41,7 +41,6 @@ docs: $(VENV)/installed-docs
 	@echo "The pages are in docs/_build/html/index.html."
 
 bench: install
-	$(BIN)/pip install --quiet --editable ".[bench]"
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.meta_gradient
 
