@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..conditions import Tree
+from ..errors import ImplicitDiffError
 from ..info import Solution
 from .implicit_layers import FixedPointLayer
 
@@ -24,7 +25,8 @@ class DEQ(nn.Module):
     default (:class:`~implicitdiff.inner_solvers.Broyden` is the other usual choice), ``linear_solver``
     :class:`~implicitdiff.Auto`; a cheap, inexact gradient is that of :class:`~implicitdiff.JacobianFree`.
 
-    Raises what :class:`~implicitdiff.FixedPointLayer` raises.
+    Raises :class:`~implicitdiff.ImplicitDiffError` where leading dimensions differ, and what
+    :class:`~implicitdiff.FixedPointLayer` raises.
 
     >>> cell = torch.nn.Linear(3, 3)
     >>> layer = DEQ(lambda z, u: torch.tanh(0.5 * cell(z) + u))
@@ -74,6 +76,12 @@ def _over_samples(function: Callable[[Tree, Any, Any], Tree]) -> Callable[[Tree,
     """The function over the leading dimension of every tensor."""
 
     def mapped(*trees: Any) -> Tree:
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(trees) if isinstance(leaf, Tensor)]
+        if len({shape[:1] for shape in shapes}) > 1 or () in shapes:
+            raise ImplicitDiffError(
+                f"init and the tensors of the args have the shapes {shapes}, but all must have the same leading "
+                f"dimension, that of the samples. What the samples share belongs into the update: a parameter, a closure."
+            )
         dims = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, trees)
         return torch.func.vmap(function, in_dims=dims)(*trees)
 
