@@ -80,7 +80,7 @@ def _over_samples(function: Callable[[Tree, Any, Any], Tree]) -> Callable[[Tree,
         if len({shape[:1] for shape in shapes}) > 1 or () in shapes:
             raise ImplicitDiffError(
                 f"init and the tensors of the args have the shapes {shapes}, but all must have the same leading "
-                f"dimension, that of the samples. What the samples share belongs into the update: a parameter, a closure."
+                f"dimension, that of the samples. What they share belongs into the update: a parameter, a closure."
             )
         dims = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, trees)
         return torch.func.vmap(function, in_dims=dims)(*trees)
