@@ -157,19 +157,23 @@ class InnerProblem:
     def jacobian(self, x: Tensor) -> JacobianOperator | ChunkedJacobian:
         """∂F/∂x at x, an operator on (*batch, n) whose products share one graph."""
         self._need_no_derivative()
-        operator: JacobianOperator | ChunkedJacobian
-        if isinstance(self._condition, Stationary) and self._condition.chunks is not None:
-            operator = ChunkedJacobian(self._slices(x, *self._condition.chunks), x)
-        else:
-            operator = JacobianOperator(self.graph_residual, x, check_structure(self._condition.structure))
-        operator.origin = Origin(of_fixed_point=isinstance(self._condition, FixedPoint))
+        origin = Origin(of_fixed_point=isinstance(self._condition, FixedPoint))
         inverses = self.problem.inverses
         if inverses and inverses[-1].scale.shape[:-1] == x.shape[:-1]:
-            operator.origin.estimated_inverse = inverses[-1].apply
-        if not getattr(self._condition, "smooth", True):
-            operator.origin.kinks = lambda: self._kinks(x)
+            origin.estimated_inverse = inverses[-1].apply
+        if isinstance(self._condition, Stationary) and self._condition.chunks is not None:
+            chunked = ChunkedJacobian(self._slices(x, *self._condition.chunks), x)
+            chunked.origin = origin
+            return chunked
+        operator = JacobianOperator(self.graph_residual, x, check_structure(self._condition.structure))
+        operator.origin = origin
         if isinstance(self._condition, ForwardBackward):
-            operator.origin.support = lambda: self._support(x)
+            forward = functools.lru_cache(1)(lambda: self._forward_step(x))
+            origin.support = lambda: self._support(x, forward())
+            # All its kinks are those of the backward step.
+            origin.kinks = lambda: has_kink(self._backward_step, forward(), vector_norm(operator.value))
+        elif not getattr(self._condition, "smooth", True):
+            origin.kinks = lambda: has_kink(self._general_jacobian, x, vector_norm(operator.value))
         return operator
 
     def _slices(self, x: Tensor, argument: int | str, dim: int, k: int) -> list[tuple[float, Callable[..., Tensor]]]:
@@ -195,21 +199,16 @@ class InnerProblem:
             terms = terms_on_slices(on_slice, sizes[0], k, x)
         return [(weight, functools.partial(_gradient, term)) for weight, term in terms]
 
-    def _support(self, x: Tensor) -> Support | None:
-        """Where the condition's systems can be solved on the support of its backward step."""
+    def _support(self, x: Tensor, v: Tensor) -> Support | None:
+        """Where the condition's systems can be solved on the support of its backward step, which is taken at v."""
         condition = cast(ForwardBackward, self._condition)
-        v = self._forward_step(x)
         d = diagonal_of(self._backward_step(v).rmatvec, v)
         if d is None:
             return None
         return Support(d, self.apply(lambda x, *args, **kwargs: condition.stepsizes(x), x), self.hessian(x))
 
-    def _kinks(self, x: Tensor) -> Tensor:
-        """Which systems have a kink of F within the error of x."""
-        error = vector_norm(self.residual(x))
-        if isinstance(self._condition, ForwardBackward):  # all its kinks are those of the backward step
-            return has_kink(self._backward_step, self._forward_step(x), error)
-        return has_kink(lambda x: JacobianOperator(self.graph_residual, x, "general"), x, error)
+    def _general_jacobian(self, x: Tensor) -> JacobianOperator:
+        return JacobianOperator(self.graph_residual, x, "general")
 
     def _forward_step(self, x: Tensor) -> Tensor:
         return self.apply(cast(ForwardBackward, self._condition).forward_step, x).detach()
