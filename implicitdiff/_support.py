@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ._vectors import GOLDEN, SILVER, probe
-from .operators import LinearOperator
+from .operators import LinearOperator, Origin
 
 
 class Support:
@@ -66,7 +66,7 @@ class _OnSupport(LinearOperator):
         super().__init__(
             support.size, structure="symmetric", batch_shape=batch_shape, dtype=diagonal.dtype, device=diagonal.device
         )
-        self.support, self.added = support, diagonal
+        self.support, self.added, self.origin = support, diagonal, Origin(whole=support.n)
 
     def matvec(self, v: Tensor) -> Tensor:
         support = self.support

@@ -421,6 +421,21 @@ def test_the_support_saves_products() -> None:
     assert f"on the support: {support} of 60" in history[-1].method
 
 
+def test_a_small_support_of_a_large_problem_is_not_made_dense() -> None:
+    """Each product costs what one of the whole problem does."""
+    solve, X = lasso_layer(100)
+    penalty = vector(60)[0]
+    with idf.record() as history:
+        jacobian = jacrev(solve)(penalty)
+    w = solve(penalty)
+    S = w != 0
+    assert 0 < int(S.sum()) < 30
+    assert history[1].method.startswith("Auto: CG")
+    want = torch.zeros_like(w)
+    want[S] = -torch.linalg.inv((X.mT @ X)[S][:, S]) @ w[S].sign()
+    close(jacobian, want, 1e-5)  # the linear solver's tolerance is 1e-6
+
+
 @pytest.mark.parametrize("linear_solver", [idf.Neumann(4000), lambda A, b: torch.linalg.solve(A.to_dense(), b)])
 def test_solvers_that_want_the_whole_system_get_it(linear_solver: Any) -> None:
     """Neumann's series is that of A, and a user's callable may know the size of A."""

@@ -53,7 +53,7 @@ class Auto(LinearSolver):
         self.max_iterations = check_max_iterations(max_iterations)
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
-        n = A.shape[0]
+        n = A.origin.whole or A.shape[0]  # as many products as unknowns pay where a product is small
         if not A.is_square:
             return _said(self._by(LSMR, A, b, x0), f"Auto: LSMR, as A is rectangular, {A.shape}")
         is_structured = has_direct_solve(A) and (n <= SPARSE_UP_TO or not isinstance(A, SparseOperator))

@@ -38,6 +38,8 @@ class Origin:
     """Which systems, (*batch,), lie at a kink of F, so that A is one of several; None where F is smooth."""
     support: Callable[[], Any] | None = None
     """The :class:`~implicitdiff._support.Support` on which systems with A are solved; None where there is none."""
+    whole: int | None = None
+    """The n of the operator that this one is a part of, where its products cost what that one's do."""
 
 
 class LinearOperator(ABC):
