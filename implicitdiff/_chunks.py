@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ._vectors import GOLDEN, probe
 from .errors import ImplicitDiffError
 
 Objective = Callable[[Tensor], Tensor]
@@ -19,18 +20,23 @@ def terms_on_slices(
     """Weights and objectives on slices of the data whose sum is the objective on all ``size`` of them.
 
     A mean over the data is the mean of its slices. A sum with terms r that the data do not enter is Σ fᵢ − (k − 1) r,
-    and r is f on an empty slice. Which one it is, the values at x tell; ImplicitDiffError where it is neither.
+    and r is f on an empty slice. Which one it is, the values near x tell; ImplicitDiffError where it is neither.
     """
+    # Not at x itself: where a fit is perfect, all values are 0 there.
+    near = x + 1e-3 * (1 + x.abs()) * probe(x, GOLDEN)
     bounds = list(itertools.pairwise(i * size // k for i in range(k + 1)))
-    whole, parts = on_slice(0, size)(x), [on_slice(*bound) for bound in bounds]
-    values = torch.stack([part(x) for part in parts])
-    shares = [(stop - start) / size for start, stop in bounds]
-    rtol = 1e3 * torch.finfo(x.dtype).eps
+    whole, parts = on_slice(0, size)(near), [on_slice(*bound) for bound in bounds]
+    values = torch.stack([part(near) for part in parts])
+    shares = values.new_tensor([(stop - start) / size for start, stop in bounds])
 
-    if torch.allclose(whole, torch.tensordot(values.new_tensor(shares), values, 1), rtol=rtol):
-        return list(zip(shares, parts, strict=True))
+    def is_whole(terms: Tensor) -> bool:
+        rounding = 1e3 * torch.finfo(x.dtype).eps * terms.abs().sum(0)
+        return bool(((terms.sum(0) - whole).abs() <= rounding).all())
+
+    if is_whole(shares.reshape(-1, *(1 for _ in whole.shape)) * values):
+        return list(zip(shares.tolist(), parts, strict=True))
     rest = on_slice(0, 0)
-    if torch.allclose(whole, values.sum(0) - (k - 1) * rest(x), rtol=rtol):
+    if is_whole(torch.cat([values, (1 - k) * rest(near).unsqueeze(0)])):
         return [*((1.0, part) for part in parts), (1.0 - k, rest)]
     raise ImplicitDiffError(
         f"the objective is asked for in {k} chunks, but it is neither a mean nor a sum over that data: "

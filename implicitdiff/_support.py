@@ -8,7 +8,7 @@ and with K = (D⁻¹ − I) S⁻¹ + H on the others, which is symmetric,
     A u = b:   u = b off the support,   K u = (D S)⁻¹ b − H b̃  on it (b̃: b off the support, 0 on it);
     Aᵀ u = g:  K w = g on the support,  u = (D S)⁻¹ w  on it,  u = g − H w  off it.
 
-For the lasso K is the Hessian on the support (Bertrand et al. 2022, Eq. 10).
+For the lasso K is the Hessian on the support (Bertrand et al. 2022).
 """
 
 from __future__ import annotations

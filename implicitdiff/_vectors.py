@@ -29,6 +29,17 @@ def inner(u: Tensor, v: Tensor) -> Tensor:
     return torch.linalg.vecdot(u, v).unsqueeze(-1)
 
 
+def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, 0 where the denominator is."""
+    ok = denominator != 0
+    return torch.where(ok, numerator / torch.where(ok, denominator, 1), 0)
+
+
+def appended(rows: Tensor, new: Tensor) -> Tensor:
+    """A history of vectors (*batch, history, n) without the first one, and with a new last one."""
+    return torch.cat([rows[..., 1:, :], new.unsqueeze(-2)], dim=-2)
+
+
 GOLDEN, SILVER = 0.6180339887498949, 0.4142135623730951
 
 

@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ._captures import plain_value
 from .conditions import Tree
 from .info import Solution
 from .inner_solvers._wrapper import Wrapper
@@ -21,8 +21,8 @@ class WarmStart(nn.Module):
     """An implicit layer whose calls start where the last one ended, as the outer variables move little in between.
 
     ``WarmStart(layer)(init, *args)`` is ``layer(init, *args)``, but only the first call starts at ``init``: later ones
-    start at the last solution, and the linear solver at the last adjoint where it has a setting ``warm_start``
-    (Ghadimi and Wang 2018; Arbel and Mairal 2022, who show that the errors of both then shrink with the outer steps).
+    start at the last solution, and the linear solver at the last adjoint where it has a setting ``warm_start`` (Arbel
+    and Mairal 2022). Inside of ``vmap``, where there is a solution per sample, each call starts at ``init``.
     :attr:`tolerance` sets the accuracy of both solves; see :func:`decreasing`. The layer itself is left as it is.
 
     Raises TypeError for anything but an implicit layer.
@@ -70,7 +70,9 @@ class WarmStart(nn.Module):
     def solve(self, init: Tree, *args: Any, **kwargs: Any) -> Solution:
         """The solution with its reports."""
         solution = self.layer.solve(init if self._last is None else self._last, *args, **kwargs)
-        self._last = pytree.tree_map_only(Tensor, torch.detach, solution.value)
+        last = pytree.tree_map_only(Tensor, plain_value, solution.value)
+        is_one = pytree.tree_map_only(Tensor, Tensor.size, last) == pytree.tree_map_only(Tensor, Tensor.size, init)
+        self._last = last if is_one else None  # under vmap there is one per sample
         return solution
 
 
@@ -78,7 +80,7 @@ def decreasing(first: float = 0.1, power: float = 2.0) -> Iterator[float]:
     """The tolerances first / kᵖ for k = 1, 2, …, without end, one per outer step.
 
     HOAG (Pedregosa 2016) solves the inner problem and the linear system of step k to such a tolerance; its outer steps
-    converge where the tolerances have a finite sum, so for a power above 1 (Theorem 2). Early steps, whose gradients
+    converge where the tolerances have a finite sum, so for a power above 1. Early steps, whose gradients
     need not be good, are cheap.
 
     Raises ValueError where ``first`` is not positive or ``power`` not above 1.

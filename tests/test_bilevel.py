@@ -68,6 +68,19 @@ def test_a_tolerance_reaches_both_solvers_and_not_the_layer(linear_solver: Any) 
     assert (original.inner_solver.tol, original.linear_solver.rtol) == (1e-3, 1e-6)
 
 
+def test_calls_under_transforms_leave_nothing_of_them_behind() -> None:
+    """After grad the next call starts at the solution; after vmap, which has many, at init."""
+    inner, p = WarmStart(layer()), torch.full((80,), -2.0, dtype=D)
+    for _ in range(2):
+        gradient = torch.func.grad(lambda p: (inner(torch.zeros(80, dtype=D), p) ** 2).sum())(p)
+    want = torch.func.grad(lambda p: (closed(p) ** 2).sum())(p)
+    torch.testing.assert_close(gradient, want, rtol=0, atol=1e-6)
+    assert int(inner.solve(torch.zeros(80, dtype=D), p).forward.iterations) == 0
+    batch = torch.func.vmap(lambda p: inner(torch.zeros(80, dtype=D), p))(torch.stack([p, p + 1]))
+    torch.testing.assert_close(batch[1], closed(p + 1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(inner(torch.zeros(80, dtype=D), p), closed(p), rtol=0, atol=1e-6)
+
+
 def test_decreasing_tolerances_bring_the_loop_to_the_exact_optimum() -> None:
     """Against the same descent on the closed form."""
 

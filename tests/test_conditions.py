@@ -600,6 +600,22 @@ def test_chunks_change_no_number(objective: Callable[..., Tensor], k: int) -> No
         close(gradients((0, 0, k), linear_solver), gradients(None, linear_solver), 1e-9)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-12])
+def test_chunks_of_a_perfect_fit(scale: float) -> None:
+    """At the solution all values are 0, or far below 1: they must still tell a sum from a mean."""
+    X, w = random(15, 12, 3), random(16, 3)
+    objective = lambda w, data: scale * ((data[0] @ w - data[1]) ** 2).sum()  # noqa: E731
+
+    def gradient(chunks: Any) -> Tensor:
+        y = (X @ w).requires_grad_()
+        condition = idf.Stationary(objective, chunks=chunks)
+        x = idf.attach(condition, w, (X, y), linear_solver=idf.Dense())
+        return torch.autograd.grad(x.sum(), y)[0]
+
+    close(gradient((0, 0, 5)), gradient(None), 1e-10)  # unequal slices, which a mean would weigh unequally
+    close(gradient(None), torch.linalg.pinv(X).sum(0), 1e-10)
+
+
 def test_chunks_under_vmap_and_by_keyword() -> None:
     layer = idf.ArgminLayer(
         lambda w, *, X, y: ((X @ w - y) ** 2).mean() + (w**2).sum(),

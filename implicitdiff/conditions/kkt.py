@@ -31,10 +31,10 @@ class KKT:
 
         (∇f + νᵀ∂h + μᵀ∂g,  h(x),  min(μ, −g(x))),
 
-    whose last part says g ≤ 0, μ ≥ 0 and μᵀg = 0 at once (Facchinei and Pang 2003, Eq. 1.5.2). Its derivative exists
-    where every constraint is either active with μ > 0 or inactive (strict complementarity); a point where one is active
-    with μ = 0 is reported as :attr:`~implicitdiff.Status.NOT_SMOOTH`. Without inequalities the structure is
-    "symmetric" (and indefinite).
+    whose last part says g ≤ 0, μ ≥ 0 and μᵀg = 0 at once (the natural residual of Facchinei and Pang 2003). Its
+    derivative exists where every constraint is either active with μ > 0 or inactive (strict complementarity); a point
+    where one is active with μ = 0 is reported as :attr:`~implicitdiff.Status.NOT_SMOOTH`. Without inequalities the
+    structure is "symmetric" (and indefinite).
 
     Raises :class:`ImplicitDiffError` where a multiplier is missing or has no constraint.
 

@@ -15,7 +15,7 @@ from .fixed_point import FixedPoint
 
 class MirrorDescent(FixedPoint):
     """x = projection(mirror_map(x) − stepsize · ∇f(x, *args), *args): x minimises f over a convex set
-    (Blondel et al. 2022, Eq. 12).
+    (Blondel et al. 2022, Table 1).
 
     * ``mirror_map(x)``: the gradient ∇φ of a strictly convex φ, into the dual space: ``torch.log`` (up to a constant)
       for the negative entropy;

@@ -38,7 +38,7 @@ class ForwardBackward(FixedPoint):
 
 
 class ProximalGradient(ForwardBackward):
-    """x = prox(x − stepsize · ∇f(x, *args), stepsize, *args): x minimises f + g (Blondel et al. 2022, Eq. 13).
+    """x = prox(x − stepsize · ∇f(x, *args), stepsize, *args): x minimises f + g (Blondel et al. 2022, Table 1).
 
     * ``objective(x, *args)``: f, the smooth part, a scalar;
     * ``prox(v, stepsize, *args)``: argmin over x of ½‖x − v‖² + stepsize · g(x, *args), a tree like v; see
@@ -71,7 +71,8 @@ class ProximalGradient(ForwardBackward):
 
 
 class ProjectedGradient(ProximalGradient):
-    """x = projection(x − stepsize · ∇f(x, *args), *args): x minimises f over a convex set (Blondel et al. 2022, Eq. 9).
+    """x = projection(x − stepsize · ∇f(x, *args), *args): x minimises f over a convex set (Blondel et al. 2022,
+    Table 1).
 
     ``projection(v, *args)`` is the Euclidean one, a tree like v; see :mod:`implicitdiff.projections`. Everything else
     as in :class:`ProximalGradient`.
@@ -92,7 +93,8 @@ class ProjectedGradient(ProximalGradient):
 
 
 class BlockProximalGradient(ForwardBackward):
-    """xᵢ = proxᵢ(xᵢ − stepsizeᵢ · ∇ᵢf(x, *args), stepsizeᵢ, *args) for each block i of x (Blondel et al. 2022, Eq. 14).
+    """xᵢ = proxᵢ(xᵢ − stepsizeᵢ · ∇ᵢf(x, *args), stepsizeᵢ, *args) for each block i of x (Blondel et al. 2022,
+    Table 1).
 
     x is a container of blocks; ``proxes`` and ``stepsizes`` are containers of the same kind and length, a prox and a
     step length per block.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._vectors import vector_norm
+from .._vectors import appended, vector_norm
 from ..info import FailurePolicy
 from ..linear_solvers.base import check_max_iterations
 from .base import InnerProblem, InnerSolver
@@ -56,8 +56,8 @@ class Anderson(InnerSolver):
         residual = problem.residual(x)
         norm = vector_norm(residual)
         forget = (norm > 10 * state.residual_norm).reshape(*norm.shape, 1, 1)
-        steps = _appended(state.steps, x - state.x)
-        changes = _appended(state.changes, residual - state.residual)
+        steps = appended(state.steps, x - state.x)
+        changes = appended(state.changes, residual - state.residual)
         return AndersonState(x, residual, torch.where(forget, 0, steps), torch.where(forget, 0, changes), norm)
 
     def _weights(self, changes: Tensor, residual: Tensor) -> Tensor:
@@ -72,7 +72,3 @@ class Anderson(InnerSolver):
         gram = gram + torch.where(length > 0, ridge, torch.eye(self.history, dtype=gram.dtype, device=gram.device))
         weights, _ = torch.linalg.solve_ex(gram, rows @ residual.unsqueeze(-1))
         return (weights / torch.where(length > 0, length, 1)).mT
-
-
-def _appended(history: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([history[..., 1:, :], new.unsqueeze(-2)], dim=-2)

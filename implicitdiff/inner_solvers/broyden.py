@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._iteration import any_of
-from .._vectors import inner, vector_norm
+from .._vectors import appended, inner, quotient, vector_norm
 from ..info import RUNNING, FailurePolicy, Status
 from ..linear_solvers.base import check_max_iterations
 from .base import InnerProblem, InnerSolver
@@ -150,20 +150,20 @@ class Broyden(InnerSolver):
         """H with the secant equation H y = s (nearly so where that would make it singular)."""
         length, change = vector_norm(s).unsqueeze(-1), vector_norm(y).unsqueeze(-1)
         known = (length > 0) & (change > 0)
-        scale = torch.where(inner(s, y) < 0, -1.0, 1.0) * _over(length, change)
+        scale = torch.where(inner(s, y) < 0, -1.0, 1.0) * quotient(length, change)
         fresh = (memory.terms == 0) | (memory.terms == self.history) | ~found
         memory = memory.without_terms(fresh, torch.where(known, scale, memory.scale))
-        s, y = _over(s, length), _over(y, length)
+        s, y = quotient(s, length), quotient(y, length)
         Hy = memory.apply(y)
         pivot = inner(s, Hy)
         sign = torch.where(pivot < 0, -1.0, 1.0)
         small = pivot.abs() < LEAST_PIVOT
         damping = torch.where(small, (1 - LEAST_PIVOT * sign) / (1 - torch.where(small, pivot, 0)), 1)
         pivot = damping * pivot + (1 - damping)
-        left = _over(damping * (s - Hy), torch.where(known, pivot, 0))
+        left = quotient(damping * (s - Hy), torch.where(known, pivot, 0))
         return BroydenMemory(
-            _appended(memory.left, left),
-            _appended(memory.right, memory.apply_transposed(s)),
+            appended(memory.left, left),
+            appended(memory.right, memory.apply_transposed(s)),
             memory.terms + known.squeeze(-1),
             memory.scale,
         )
@@ -172,12 +172,3 @@ class Broyden(InnerSolver):
 def _combined(rows: Tensor, weights: Tensor, v: Tensor) -> Tensor:
     """Σ rows · ⟨weights, v⟩ over the terms."""
     return ((weights @ v.unsqueeze(-1)).mT @ rows).squeeze(-2)
-
-
-def _appended(rows: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([rows[..., 1:, :], new.unsqueeze(-2)], dim=-2)
-
-
-def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
-    ok = denominator != 0
-    return torch.where(ok, numerator / torch.where(ok, denominator, 1), 0)

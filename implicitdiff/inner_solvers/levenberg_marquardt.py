@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._iteration import any_of, iterate
 from .._jacobian import JacobianOperator
-from .._vectors import dot, vector_norm
+from .._vectors import dot, quotient, vector_norm
 from ..info import FailurePolicy
 from ..linear_solvers.cg import CG
 from ..linear_solvers.system import System
@@ -75,7 +75,7 @@ class LevenbergMarquardt(InnerSolver):
         else:
             factor, rotated, scale = None, None, torch.ones_like(x0)
             # A large eigenvalue of JᵀJ, which D brings to about 1 otherwise.
-            damping = FIRST_DAMPING * _over(vector_norm(J.matvec(gradient)), norm) ** 2
+            damping = FIRST_DAMPING * quotient(vector_norm(J.matvec(gradient)), norm) ** 2
         progress = first_progress(norm)
         return LevenbergMarquardtState(
             x0, norm, progress.status, residuals, gradient, factor, rotated, scale, damping, 2 * torch.ones_like(norm),
@@ -159,9 +159,4 @@ def _gain_ratio(
     rounding = torch.finfo(d.dtype).eps ** (2 / 3) * 0.5 * dot(r, r)
     hidden = (foretold <= rounding) & (decrease.abs() <= rounding)
     decrease = torch.where(hidden, -0.5 * dot(state.gradient + gradient, d), decrease)
-    return torch.where(foretold > 0, _over(decrease, foretold), -1), hidden
-
-
-def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
-    ok = denominator != 0
-    return torch.where(ok, numerator / torch.where(ok, denominator, 1), 0)
+    return torch.where(foretold > 0, quotient(decrease, foretold), -1), hidden

@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._captures import is_differentiated
 from .._iteration import any_of
 from .._vectors import vector_norm
-from ..errors import ImplicitDiffError
 from ..info import FailurePolicy, SolveInfo, Status
+from ._unfollowed import refuse_to_be_unrolled
 from .base import InnerProblem, InnerSolver
 
 FIRST_EDGE = 0.05
@@ -62,10 +61,7 @@ class NelderMead(InnerSolver):
         edges = FIRST_EDGE * torch.where(x0 == 0, scale.unsqueeze(-1), x0)
         vertices = x0.unsqueeze(-2) + torch.cat([torch.zeros_like(x0).unsqueeze(-2), torch.diag_embed(edges)], -2)
         values = _values(problem, vertices)
-        if is_differentiated(values):  # only where the steps are followed: an implicit layer shows plain values
-            raise ImplicitDiffError(
-                "NelderMead cannot be unrolled: its choice among vertices has no derivative. Use an implicit layer."
-            )
+        refuse_to_be_unrolled(self, values)
         return _state(vertices, values, scale)
 
     def step(self, problem: InnerProblem, state: NelderMeadState) -> NelderMeadState:

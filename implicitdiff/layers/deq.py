@@ -60,8 +60,8 @@ class DEQ(nn.Module):
     def jacobian_penalty(self, z: Tree, *args: Any, **kwargs: Any) -> Tensor:
         """An unbiased estimate of ‖∂update/∂z‖²_F / n, averaged over the samples, to add to a loss.
 
-        A small one keeps the iteration a contraction, so that it converges in few steps (Bai, Koltun and Kolter 2021,
-        Eq. 5). It costs one vector–Jacobian product with a random vector, and is differentiable in args and parameters,
+        A small one keeps the iteration a contraction, so that it converges in few steps (Bai, Koltun and Kolter
+        2021). It costs one vector–Jacobian product with a random vector, and is differentiable in args and parameters,
         with z held fixed.
         """
         z = pytree.tree_map(Tensor.detach, z)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._vectors import vector_norm
+from .._vectors import quotient, vector_norm
 from ..info import RUNNING, FailurePolicy, Status
 from .iterative import IterativeLinearSolver
 from .system import System, initial
@@ -108,21 +108,21 @@ class LSMR(IterativeLinearSolver):
         thetabar = state.sbar * rho
         cbar, sbar, rhobar = _rotation(state.cbar * rho, theta)
         zeta, zetabar = cbar * state.zetabar, -sbar * state.zetabar
-        hbar = state.h - _over(thetabar * rho, state.rho * state.rhobar) * state.hbar
-        x = state.x + _over(zeta, rho * rhobar) * hbar
-        h = v - _over(theta, rho) * state.h
+        hbar = state.h - quotient(thetabar * rho, state.rho * state.rhobar) * state.hbar
+        x = state.x + quotient(zeta, rho * rhobar) * hbar
+        h = v - quotient(theta, rho) * state.h
 
         # ‖r‖ from the same numbers.
         betahat, betadd = c * state.betadd, -s * state.betadd
         ctilde, stilde, rhotilde = _rotation(state.rhodold, thetabar)
         thetatilde, rhodold = stilde * rhobar, ctilde * rhobar
         betad = -stilde * state.betad + ctilde * betahat
-        tautilde = _over(state.zeta - state.thetatilde * state.tautildeold, rhotilde)
-        taud = _over(zeta - thetatilde * tautilde, rhodold)
+        tautilde = quotient(state.zeta - state.thetatilde * state.tautildeold, rhotilde)
+        taud = quotient(zeta - thetatilde * tautilde, rhodold)
         norm = torch.hypot(betad - taud, betadd).squeeze(-1)
 
         square = state.square + alpha**2 + beta**2
-        optimality = _over(zetabar.abs(), square.sqrt() * norm.unsqueeze(-1)).squeeze(-1)
+        optimality = quotient(zetabar.abs(), square.sqrt() * norm.unsqueeze(-1)).squeeze(-1)
         if A.is_square:
             # Nothing is left to gain, and b is not reached.
             ended = torch.where(optimality <= torch.finfo(norm.dtype).eps, int(Status.BREAKDOWN), RUNNING)
@@ -148,9 +148,4 @@ def _normalised(v: Tensor) -> tuple[Tensor, Tensor]:
 def _rotation(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """c, s, r with c a + s b = r and −s a + c b = 0."""
     r = torch.hypot(a, b)
-    return _over(a, r), _over(b, r), r
-
-
-def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
-    ok = denominator != 0
-    return torch.where(ok, numerator / torch.where(ok, denominator, 1), 0)
+    return quotient(a, r), quotient(b, r), r

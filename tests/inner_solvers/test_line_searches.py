@@ -147,7 +147,8 @@ def test_lbfgs_passes_a_plateau_of_the_gradient() -> None:
     layer = idf.ArgminLayer(lambda x: 0.5 * x @ (H @ x) - c @ x, inner_solver=LBFGS(max_iterations=4000))
     solution = layer.solve(torch.zeros(20, dtype=D))
     assert bool(solution.forward.converged)
-    torch.testing.assert_close(solution.value, torch.linalg.solve(H, c), rtol=0, atol=1e-2)  # 1e-7 / 1e-5
+    # The tolerance, 1e-7, over the smallest eigenvalue, 1e-5.
+    torch.testing.assert_close(solution.value, torch.linalg.solve(H, c), rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("solver", [LBFGS, NonlinearCG, NewtonCG])
