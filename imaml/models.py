@@ -53,7 +53,7 @@ class ConvNet(nn.Module):
                 nn.BatchNorm2d(filters, track_running_stats=False),
                 nn.ReLU(),
             ]
-        self.features = nn.Sequential(*blocks)
+        self.features = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(filters, ways)
         # The proximal term of iMAML prefers the shortest way to fit the support set. Where that leads through the head,
         # towards the class means, it generalises; through the convolutions it does not. A head of zeros on large
@@ -63,10 +63,12 @@ class ConvNet(nn.Module):
         nn.init.zeros_(self.head.bias)
         # Every task draws its labels anew: nothing can be learned of the head, and each task starts from zeros.
         self.head.requires_grad_(False)
-        nn.init.constant_(self.features[-2].weight, FEATURE_SCALE)
+        norms = [layer for layer in self.features if isinstance(layer, nn.BatchNorm2d)]
+        nn.init.constant_(norms[-1].weight, FEATURE_SCALE)
         with torch.no_grad():
-            for block in self.features[::3]:
-                block.weight *= WEIGHT_SCALE
+            for layer in self.features:
+                if isinstance(layer, nn.Conv2d):
+                    layer.weight *= WEIGHT_SCALE
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.features(inputs).mean((-2, -1)))
+        return self.head(self.features(inputs))

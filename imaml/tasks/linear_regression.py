@@ -15,6 +15,7 @@ class LinearRegression:
     """
 
     is_classification = False
+    splits: frozenset[Split] = frozenset(("train", "val", "test"))
 
     def __init__(self, dimension: int = 20, shots: int = 10, queries: int = 30, noise: float = 0.1) -> None:
         self.dimension, self.shots, self.queries, self.noise = dimension, shots, queries, noise

@@ -46,6 +46,7 @@ class Omniglot:
     """
 
     is_classification = True
+    splits: frozenset[Split] = frozenset(("train", "test"))
 
     def __init__(self, data: str | Path, ways: int = 5, shots: int = 1, queries: int = 5) -> None:
         if shots + queries > DRAWINGS:

@@ -19,6 +19,7 @@ class Sinusoids:
     """
 
     is_classification = False
+    splits: frozenset[Split] = frozenset(("train", "val", "test"))
 
     def __init__(self, shots: int = 10, queries: int = 30) -> None:
         self.shots, self.queries = shots, queries

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Split = Literal["train", "test"]
-"""Tasks to learn from, or tasks of classes and functions that training never shows."""
+Split = Literal["train", "test", "val"]
+"""Tasks to learn from, and two kinds of tasks that training never shows: to report on, and to choose settings by."""
 
 Examples = tuple[Tensor, Tensor]
 """(inputs, targets), with a leading dimension for the examples."""
@@ -46,6 +46,8 @@ class TaskSource(Protocol):
     """Draws tasks; the same (split, seed, index) gives the same tasks on every machine and worker."""
 
     is_classification: bool
+    splits: frozenset[Split]
+    """Those it has; train and test always."""
 
     def sample(self, count: int, split: Split, seed: int, index: int) -> Task:
         """A batch of ``count`` tasks."""
@@ -53,5 +55,5 @@ class TaskSource(Protocol):
 
 def generator_for(split: Split, seed: int, index: int) -> torch.Generator:
     """A random generator of its own for each (split, seed, index)."""
-    entropy = np.random.SeedSequence((("train", "test").index(split), seed, index))
+    entropy = np.random.SeedSequence((get_args(Split).index(split), seed, index))
     return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
