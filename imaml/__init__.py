@@ -6,6 +6,6 @@
 """
 
 from . import tasks
-from .learners import IMAML, MAML, Learner, MetaLoss, Reptile
+from .learners import IMAML, MAML, LearnedRegularization, Learner, MetaLoss, Reptile
 
-__all__ = ["IMAML", "MAML", "Learner", "MetaLoss", "Reptile", "tasks"]
+__all__ = ["IMAML", "MAML", "LearnedRegularization", "Learner", "MetaLoss", "Reptile", "tasks"]

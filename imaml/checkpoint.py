@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash: written to a temporary file, synced and renamed."""
+"""Checkpoints that survive a crash: written to a temporary file, synced and renamed; the one before is kept."""
 
 from __future__ import annotations
 
@@ -30,34 +30,48 @@ def save(run: Path, state: dict[str, Any]) -> None:
 
 
 def load(run: Path) -> dict[str, Any]:
-    """The state of a run. Raises CheckpointError for a missing, truncated or foreign file."""
-    path = run / NAME
-    if not path.exists():
-        raise CheckpointError(f"there is no checkpoint in {run}: is it a run folder?")
+    """The state of a run, on the CPU. Raises CheckpointError for a missing, truncated or foreign file."""
     try:
-        state = torch.load(path, weights_only=True)
-    except Exception as error:  # torch raises many kinds for damaged files
-        raise CheckpointError(
-            f"{path} is damaged or not a checkpoint ({type(error).__name__}).{_offer(run)}"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of imaml.{_offer(run)}")
-    return state
+        return _read(run / NAME)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_offer(run)}") from error
 
 
-def fit(run: Path, state: dict[str, Any], learner: nn.Module) -> None:
-    """Put a checkpoint's parameters into a learner. Raises CheckpointError where they are of another model."""
+def fit(run: Path, state: dict[str, Any], learner: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Put a checkpoint's state into a learner and its optimizer. Raises CheckpointError where it is that of others."""
     try:
         learner.load_state_dict(state["learner"])
-    except (KeyError, RuntimeError) as error:
+        if optimizer is not None:
+            groups = zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=True)
+            if any(stored.keys() != own.keys() for stored, own in groups):
+                raise ValueError(f"its optimizer was another one than {type(optimizer).__name__}.")
+            optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{run / NAME} does not fit the settings in {run / 'config.json'}: {' '.join(str(error).split())}"
         ) from error
 
 
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint in {path.parent}: is it a run folder?")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged files
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({type(error).__name__}).") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of imaml.")
+    return state
+
+
 def _offer(run: Path) -> str:
-    return (
-        f" The one before is {run / PREVIOUS}: rename it to {NAME} to go on from there."
-        if (run / PREVIOUS).exists()
-        else ""
-    )
+    """What can be said of the checkpoint before; offered where it can be read."""
+    previous = run / PREVIOUS
+    if not previous.exists():
+        return ""
+    try:
+        state = _read(previous)
+    except CheckpointError:
+        return f" The one before, {previous}, cannot be read either: start anew with another --out."
+    step = f", of step {state['step']}," if "step" in state else ""
+    return f" The one before is {previous}{step} and can be read: rename it to {NAME} to go on from there."

@@ -34,25 +34,32 @@ WEIGHT_SCALE = 4.0
 
 
 class ConvNet(nn.Module):
-    """The Omniglot network of MAML and iMAML: four strided 3×3 convolutions of 64 filters and a linear head.
+    """The networks of MAML and iMAML: four 3×3 convolutions and a linear head (Finn et al. 2017, section 5.2).
 
-    Each is followed by batch norm, on the statistics of the batch at hand, and ReLU; the last feature maps are averaged
-    (Finn et al. 2017, section 5.2; 112 thousand parameters for 5 ways). (batch, channels, 28, 28) → (batch, ways).
+    Each convolution is followed by batch norm, on the statistics of the batch at hand, and ReLU. They halve the image
+    by their stride, as for Omniglot (112 thousand parameters for 5 ways), or with ``pooling=True`` by max-pooling after
+    them, as with 32 filters for mini-ImageNet. The last feature maps are averaged, so that any side of at least 16
+    pixels will do: ``features`` ends in that vector, ``head`` starts at it.
+    (batch, channels, side, side) → (batch, ways).
 
     >>> import torch
     >>> ConvNet(ways=5)(torch.zeros(2, 1, 28, 28)).shape
     torch.Size([2, 5])
+    >>> ConvNet(ways=5, channels=3, filters=32, pooling=True)(torch.zeros(2, 3, 84, 84)).shape
+    torch.Size([2, 5])
     """
 
-    def __init__(self, ways: int, *, channels: int = 1, filters: int = 64) -> None:
+    def __init__(self, ways: int, *, channels: int = 1, filters: int = 64, pooling: bool = False) -> None:
         super().__init__()
         blocks: list[nn.Module] = []
         for inputs in (channels, filters, filters, filters):
             blocks += [
-                nn.Conv2d(inputs, filters, 3, stride=2, padding=1),
+                nn.Conv2d(inputs, filters, 3, stride=1 if pooling else 2, padding=1),
                 nn.BatchNorm2d(filters, track_running_stats=False),
                 nn.ReLU(),
             ]
+            if pooling:
+                blocks.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(filters, ways)
         # The proximal term of iMAML prefers the shortest way to fit the support set. Where that leads through the head,

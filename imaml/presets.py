@@ -1,23 +1,26 @@
-"""From the settings of a run to its tasks and its learner: what the command line offers."""
+"""From the settings of a run to its tasks, its learner and its optimizer: what the command line offers."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 import implicitdiff as idf
-from implicitdiff.inner_solvers import GradientDescent
+from implicitdiff import inner_solvers
 
 from .checkpoint import CheckpointError
 from .files import write_atomically
-from .learners import IMAML, MAML, Learner, Reptile
+from .learners import IMAML, MAML, LearnedRegularization, Learner, Reptile
 from .models import MLP, ConvNet
-from .tasks import LinearRegression, Omniglot, Sinusoids, TaskSource
+from .tasks import CIFARFS, ImageFolder, LinearRegression, MiniImageNet, Omniglot, Sinusoids, TaskSource, omniglot
+from .tasks.decoding import Preparation
 
 
 class Tasks(str, Enum):
@@ -26,6 +29,9 @@ class Tasks(str, Enum):
     sinusoids = "sinusoids"
     linear = "linear"
     omniglot = "omniglot"
+    mini_imagenet = "mini-imagenet"
+    cifar_fs = "cifar-fs"
+    folder = "folder"
 
 
 class Algorithm(str, Enum):
@@ -37,24 +43,110 @@ class Algorithm(str, Enum):
     reptile = "reptile"
 
 
+class InnerSolver(str, Enum):
+    """What adapts to a task."""
+
+    gd = "gd"
+    nesterov = "nesterov"
+    adam = "adam"
+    lbfgs = "lbfgs"
+    hessian_free = "hessian-free"
+
+
+class LinearSolver(str, Enum):
+    """What solves the linear system of the implicit gradient."""
+
+    cg = "cg"
+    minres = "minres"
+    gmres = "gmres"
+    bicgstab = "bicgstab"
+    normal_cg = "normal-cg"
+    neumann = "neumann"
+    dense = "dense"
+    auto = "auto"
+
+
+class Share(str, Enum):
+    """What shares one learned λ."""
+
+    model = "model"
+    layer = "layer"
+    parameter = "parameter"
+
+
+class Outer(str, Enum):
+    """What optimises the meta-parameters."""
+
+    adam = "adam"
+    sgd = "sgd"
+    momentum = "momentum"
+    lbfgs = "lbfgs"
+
+
+IMAGES = frozenset((Tasks.omniglot, Tasks.mini_imagenet, Tasks.cifar_fs, Tasks.folder))
+PHOTOS = IMAGES - {Tasks.omniglot}
+IMPLICIT = frozenset((Algorithm.imaml,))
+UNROLLED = frozenset((Algorithm.maml,))
+ALL_BUT_REPTILE = frozenset(Algorithm) - {Algorithm.reptile}
+
+TASKS_OF: Mapping[str, frozenset[Enum]] = {
+    **dict.fromkeys(("data", "ways", "queries", "head_only"), IMAGES),
+    "hold_out": frozenset((Tasks.omniglot,)),
+    "side": PHOTOS,
+    "rotations": PHOTOS,
+    **dict.fromkeys(("split", "grayscale"), frozenset((Tasks.folder,))),
+}
+ALGORITHMS_OF: Mapping[str, frozenset[Enum]] = {
+    **dict.fromkeys(("linear_solver", "linear_steps", "delta", "delta_prime"), IMPLICIT),
+    **dict.fromkeys(("regularization", "learn_regularization"), IMPLICIT),
+    **dict.fromkeys(("truncate", "checkpoint"), UNROLLED),
+    **dict.fromkeys(("inner_solver", "head_only"), ALL_BUT_REPTILE),
+}
+INNER_SOLVERS_OF: Mapping[str, frozenset[Enum]] = {
+    "inner_stepsize": frozenset((InnerSolver.gd, InnerSolver.nesterov, InnerSolver.adam)),
+}
+LINEAR_SOLVERS_OF: Mapping[str, frozenset[Enum]] = {
+    "linear_steps": frozenset(LinearSolver) - {LinearSolver.dense},
+}
+"""The settings that not every choice takes, and which do."""
+
+
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on; stored beside its checkpoints as config.json."""
+    """Everything that a run depends on; stored beside its checkpoints as config.json.
+
+    None means the usual value, which :meth:`completed` puts in, or that the setting is not one of these tasks or of
+    this algorithm.
+    """
 
     tasks: Tasks
     algorithm: Algorithm = Algorithm.imaml
-    ways: int = 5
-    shots: int = 1
-    queries: int = 5
     data: str | None = None
-    tasks_per_step: int = 16
-    seed: int = 0
-    learning_rate: float = 1e-3
+    split: str | None = None
+    ways: int | None = None
+    shots: int | None = None
+    queries: int | None = None
+    side: int | None = None
+    grayscale: bool = False
+    rotations: bool = False
+    hold_out: bool = False
+    head_only: bool = False
+    inner_solver: InnerSolver | None = None
     inner_steps: int | None = None
     inner_stepsize: float | None = None
-    regularization: float = 2.0
-    cg_steps: int = 5
+    delta: float | None = None
+    linear_solver: LinearSolver | None = None
+    linear_steps: int | None = None
+    delta_prime: float | None = None
+    regularization: float | None = None
+    learn_regularization: Share | None = None
+    truncate: int | None = None
+    checkpoint: bool = False
+    outer: Outer = Outer.adam
+    learning_rate: float | None = None
+    tasks_per_step: int = 16
     task_chunk: int | None = None
+    seed: int = 0
 
     def write(self, run: Path) -> None:
         """Write config.json into the run folder."""
@@ -66,11 +158,108 @@ class Config:
         path = run / "config.json"
         try:
             settings = json.loads(path.read_text())
-            return cls(**{**settings, "tasks": Tasks(settings["tasks"]), "algorithm": Algorithm(settings["algorithm"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{run} is not the folder of a run: {path.name} is missing or not readable."
             ) from error
+        names = {field.name for field in fields(cls)}
+        if not isinstance(settings, dict) or settings.keys() != names:
+            raise CheckpointError(f"{path} is not from this version of imaml: train anew, into another folder.")
+        try:
+            chosen = {name: kind(settings[name]) for name, kind in CHOICES.items() if settings[name] is not None}
+        except ValueError as error:
+            raise CheckpointError(f"{path} holds a setting that there is not: {error}.") from error
+        return cls(**{**settings, **chosen})
+
+    def completed(self) -> Config:
+        """With the usual values in the place of None.
+
+        Raises ValueError for a setting that its tasks, its algorithm or its solvers do not take.
+        """
+        self._check_inner_solver()
+        for choice, table in self._choices():
+            for name, takers in table.items():
+                if choice not in takers and _is_set(getattr(self, name)):
+                    raise ValueError(
+                        f"{option(name)} is a setting of {_listed(takers)}, and {choice.value} does not take it."
+                    )
+        inner = replace(self, **self._missing({"inner_solver": InnerSolver.gd, "linear_solver": LinearSolver.cg}))
+        completed = replace(inner, **inner._missing(inner._usual()))
+        if completed.linear_solver is LinearSolver.dense and self.tasks in IMAGES and not self.head_only:
+            raise ValueError("--linear-solver dense forms a matrix as large as the network: take it with --head-only.")
+        return completed
+
+    def _check_inner_solver(self) -> None:
+        if self.algorithm in (Algorithm.maml, Algorithm.fomaml) and self.inner_solver not in (
+            None,
+            InnerSolver.gd,
+            InnerSolver.nesterov,
+        ):
+            raise ValueError(
+                f"--inner-solver {self.inner_solver.value} is for imaml: {self.algorithm.value} differentiates through "
+                f"its steps, which are those of gd or nesterov."
+            )
+
+    def _choices(self) -> list[tuple[Enum, Mapping[str, frozenset[Enum]]]]:
+        return [
+            (self.tasks, TASKS_OF),
+            (self.algorithm, ALGORITHMS_OF),
+            (self.inner_solver or InnerSolver.gd, INNER_SOLVERS_OF),
+            (self.linear_solver or LinearSolver.cg, LINEAR_SOLVERS_OF),
+        ]
+
+    def _missing(self, usual: dict[str, Any]) -> dict[str, Any]:
+        """Those of the usual values that are not set, and that these choices take."""
+        return {
+            name: value
+            for name, value in usual.items()
+            if getattr(self, name) is None
+            and all(choice in table.get(name, (choice,)) for choice, table in self._choices())
+        }
+
+    def _usual(self) -> dict[str, Any]:
+        images, implicit = self.tasks in IMAGES, self.algorithm is Algorithm.imaml
+        # A fixed step diverges once training has raised the curvature: a line search follows it, task by task.
+        searches = implicit and self.inner_solver is InnerSolver.gd
+        plain = self.inner_solver in (None, InnerSolver.gd)
+        stepsize = None if searches else 0.1 if images and plain else 0.01
+        steps = {InnerSolver.gd: 8, InnerSolver.lbfgs: 8, InnerSolver.hessian_free: 4}.get(self.inner_solver, 16)
+        adam = 3e-3 if self.tasks is Tasks.omniglot else 1e-3
+        return {
+            "ways": 5,
+            "shots": 1 if images else 10,
+            "queries": 15 if self.tasks in (Tasks.mini_imagenet, Tasks.cifar_fs) else 5,
+            "side": 32 if self.tasks is Tasks.cifar_fs else 84,
+            "inner_steps": 5 if not implicit else steps if self.delta is None else 200,
+            "inner_stepsize": stepsize,
+            "linear_steps": 5 if self.delta_prime is None else 100,
+            "regularization": 0.5 if self.tasks in PHOTOS else 2.0,
+            "learning_rate": {Outer.adam: adam, Outer.sgd: 0.1, Outer.momentum: 0.01, Outer.lbfgs: 1.0}[self.outer],
+        }
+
+
+CHOICES = {
+    "tasks": Tasks,
+    "algorithm": Algorithm,
+    "inner_solver": InnerSolver,
+    "linear_solver": LinearSolver,
+    "learn_regularization": Share,
+    "outer": Outer,
+}
+
+
+def option(name: str) -> str:
+    """The option of the command line for a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _is_set(value: object) -> bool:
+    return value is not None and value is not False
+
+
+def _listed(choices: frozenset[Enum]) -> str:
+    names = [choice.value for choice in type(next(iter(choices))) if choice in choices]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def build_source(config: Config) -> TaskSource:
@@ -80,49 +269,114 @@ def build_source(config: Config) -> TaskSource:
     if config.tasks is Tasks.linear:
         return LinearRegression(shots=config.shots)
     if config.data is None:
-        raise ValueError("omniglot needs --data, the folder that holds the Omniglot files.")
-    return Omniglot(config.data, ways=config.ways, shots=config.shots, queries=config.queries)
+        raise ValueError(f"{config.tasks.value} needs --data, the folder that holds its files.")
+    size = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
+    if config.tasks is Tasks.omniglot:
+        return Omniglot(config.data, **size, hold_out=config.hold_out)
+    photos = size | {"side": config.side, "rotations": config.rotations}
+    if config.tasks is Tasks.folder:
+        return ImageFolder(config.data, **photos, grayscale=config.grayscale, split=config.split)
+    return (MiniImageNet if config.tasks is Tasks.mini_imagenet else CIFARFS)(config.data, **photos)
+
+
+def build_preparation(config: Config) -> Preparation:
+    """From a picture to what the network of a run takes, as its tasks do it; needs no data."""
+    if config.tasks is Tasks.omniglot:
+        return Preparation(channels=1, side=omniglot.SIDE, inverted=True)
+    return Preparation(channels=1 if config.grayscale else 3, side=config.side)
 
 
 def build_learner(config: Config) -> Learner:
     """The model of the tasks with the algorithm of a run."""
-    model: nn.Module
-    if config.tasks is Tasks.omniglot:
-        model, loss = ConvNet(config.ways), nn.functional.cross_entropy
-    elif config.tasks is Tasks.linear:
-        model, loss = nn.Linear(LinearRegression().dimension, 1), nn.functional.mse_loss
-    else:
-        model, loss = MLP([1, 40, 40, 1]), nn.functional.mse_loss
-    chunk = config.task_chunk
+    model = build_model(config)
+    loss = nn.functional.cross_entropy if config.tasks in IMAGES else nn.functional.mse_loss
+    steps = {"steps": config.inner_steps, "stepsize": config.inner_stepsize}
+    shared: dict[str, Any] = {"task_chunk": config.task_chunk}
+    if config.algorithm is Algorithm.reptile:
+        return Reptile(model, loss, **steps, **shared)
+    if config.head_only:
+        model, shared["body"] = model.head, model.features
     if config.algorithm is Algorithm.imaml:
-        # A fixed step diverges once training has raised the curvature: a line search follows it, task by task.
-        inner = GradientDescent(
-            stepsize=config.inner_stepsize, max_iterations=config.inner_steps or 8, tol=1e-3, on_failure="ignore"
-        )
-        # Failures are not warned of at every step: they stand in the metrics.
-        linear = idf.CG(rtol=1e-3, max_iterations=config.cg_steps, on_failure="ignore")
+        strength: Any = config.regularization
+        if config.learn_regularization is not None:
+            strength = LearnedRegularization(model, strength, per=config.learn_regularization.value)
         return IMAML(
             model,
             loss,
-            inner_solver=inner,
-            linear_solver=linear,
-            regularization=config.regularization,
-            task_chunk=chunk,
+            inner_solver=build_inner_solver(config),
+            linear_solver=build_linear_solver(config),
+            regularization=strength,
+            delta=config.delta,
+            delta_prime=config.delta_prime,
+            **shared,
         )
-    steps = config.inner_steps or 5
-    usual = 0.1 if config.tasks is Tasks.omniglot else 0.01
-    stepsize = usual if config.inner_stepsize is None else config.inner_stepsize
-    if config.algorithm is Algorithm.reptile:
-        return Reptile(model, loss, steps=steps, stepsize=stepsize, task_chunk=chunk)
-    first_order = config.algorithm is Algorithm.fomaml
-    return MAML(model, loss, steps=steps, stepsize=stepsize, first_order=first_order, task_chunk=chunk)
+    return MAML(
+        model,
+        loss,
+        **steps,
+        nesterov=config.inner_solver is InnerSolver.nesterov,
+        truncate=config.truncate,
+        first_order=config.algorithm is Algorithm.fomaml,
+        checkpoint=config.checkpoint,
+        **shared,
+    )
+
+
+def build_model(config: Config) -> nn.Module:
+    """The network for the tasks of a run."""
+    if config.tasks is Tasks.sinusoids:
+        return MLP([1, 40, 40, 1])
+    if config.tasks is Tasks.linear:
+        return nn.Linear(LinearRegression().dimension, 1)
+    if config.tasks is Tasks.omniglot:
+        return ConvNet(config.ways)
+    return ConvNet(config.ways, channels=1 if config.grayscale else 3, filters=32, pooling=True)
+
+
+def build_inner_solver(config: Config) -> inner_solvers.InnerSolver:
+    """What adapts an implicit learner."""
+    # Failures are not warned of at every step: they stand in the metrics.
+    limits: dict[str, Any] = {"tol": 1e-3, "max_iterations": config.inner_steps, "on_failure": "ignore"}
+    stepsize = config.inner_stepsize
+    if config.inner_solver is InnerSolver.nesterov:
+        return inner_solvers.GradientDescent(stepsize, momentum=0.9, nesterov=True, **limits)
+    if config.inner_solver is InnerSolver.adam:
+        return inner_solvers.TorchOptimizer(torch.optim.Adam, lr=stepsize, **limits)
+    if config.inner_solver is InnerSolver.lbfgs:
+        return inner_solvers.LBFGS(**limits)
+    if config.inner_solver is InnerSolver.hessian_free:
+        return inner_solvers.NewtonCG(**limits)
+    return inner_solvers.GradientDescent(stepsize, **limits)
+
+
+def build_linear_solver(config: Config) -> idf.LinearSolver:
+    """What solves for the gradient of an implicit learner."""
+    limits: dict[str, Any] = {"rtol": 1e-3, "on_failure": "ignore"}
+    if config.linear_solver is LinearSolver.dense:
+        return idf.Dense(**limits)
+    if config.linear_solver is LinearSolver.neumann:
+        return idf.Neumann(config.linear_steps, **limits)
+    iterative = {
+        LinearSolver.cg: idf.CG,
+        LinearSolver.minres: idf.MINRES,
+        LinearSolver.gmres: idf.GMRES,
+        LinearSolver.bicgstab: idf.BiCGStab,
+        LinearSolver.normal_cg: idf.NormalCG,
+        LinearSolver.auto: idf.Auto,
+    }
+    return iterative[config.linear_solver](max_iterations=config.linear_steps, **limits)
 
 
 def build_optimizer(config: Config, learner: Learner) -> torch.optim.Optimizer:
-    """Adam on the meta-parameters, its second moments over 100 steps.
+    """The optimizer of the meta-parameters.
 
-    Over 1,000, as is usual, they are too slow where meta-gradients grow from one step to the next: on Omniglot the
-    accuracy then fell back twice in 1,200 steps, and took 100 steps to recover.
+    Adam's second moments are over 100 steps. Over 1,000, as is usual, they are too slow where meta-gradients grow from
+    one step to the next: on Omniglot the accuracy then fell back twice in 1,200 steps, and took 100 steps to recover.
+    L-BFGS searches along its direction on the tasks of the step.
     """
-    parameters = [p for p in learner.parameters() if p.requires_grad]
-    return torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.99))
+    parameters, rate = [p for p in learner.parameters() if p.requires_grad], config.learning_rate
+    if config.outer is Outer.lbfgs:
+        return torch.optim.LBFGS(parameters, lr=rate, max_iter=4, history_size=10, line_search_fn="strong_wolfe")
+    if config.outer is Outer.adam:
+        return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99))
+    return torch.optim.SGD(parameters, lr=rate, momentum=0.9 if config.outer is Outer.momentum else 0.0)

@@ -1,4 +1,8 @@
-"""The outer loop: tasks in, meta-gradient, optimiser step; metrics, checkpoints, resuming, and evaluation."""
+"""The outer loop: tasks in, meta-gradient, optimiser step; metrics, checkpoints, resuming, and evaluation.
+
+Under torchrun every rank runs this same code: each takes its share of a step's tasks, one sum over the ranks gives all
+of them the same meta-gradient, and rank 0 writes the files.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,24 +18,30 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 
 import implicitdiff as idf
 
-from . import checkpoint
-from .files import write_atomically
+from . import checkpoint, distributed
+from .files import remove_leftovers, write_atomically
 from .learners import Learner
 from .tasks import Task, TaskSource
+from .tasks.task import Split
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 VALIDATE_EVERY = 50
 VALIDATION_TASKS = 64
 VALIDATION_SEED = 1_000_003
-"""Validation and evaluation draw from the test split by seeds that differ."""
+"""Validation and evaluation draw by seeds that differ."""
+EVALUATION_BATCH = 20
 
 
 class DivergedError(ValueError):
-    """The loss or the meta-gradient is not finite any more; the parameters are those before it happened."""
+    """The loss or the meta-gradient is not finite any more; the parameters are the last at which both were."""
+
+    step_began_well = False
+    """Whether they were at the start of the step: an optimiser that evaluates several points may meet a bad one."""
 
 
 def train(
@@ -46,60 +56,63 @@ def train(
     seed: int,
     resume: bool = False,
 ) -> int:
-    """Train until ``steps`` meta-steps or ``minutes`` of training time in all, whichever comes first.
+    """Train until ``steps`` meta-steps or ``minutes`` of training time in all, whichever comes first (Algorithm 1).
 
     Writes into ``run``: metrics.jsonl (a line per step), TensorBoard events and checkpoints. Ctrl-C ends after the step
-    at hand with a checkpoint. ``resume`` goes on from the checkpoint, bit for bit as if there had been no stop. Returns
-    the number of steps done.
+    at hand with a checkpoint. ``resume`` goes on from the checkpoint, bit for bit as if there had been no stop; with
+    another number of processes, up to rounding. Returns the number of steps done.
 
-    Raises DivergedError, after a checkpoint of the last good parameters, where the loss or its gradient is not finite.
+    Raises DivergedError where the loss or its gradient is not finite, and :class:`imaml.distributed.LostRankError`
+    where another process has died; both after a checkpoint of the last good step.
     """
-    step, before = _restore(learner, optimizer, run) if resume else (0, 0.0)
-    _cut_metrics(run / "metrics.jsonl", step)
-    start = last_save = time.monotonic()
-    elapsed = before
 
-    def save() -> None:
-        checkpoint.save(
-            run,
-            {
-                "learner": learner.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-                "seconds": elapsed,
-                "random_state": torch.get_rng_state(),
-            },
-        )
+    def begin() -> dict[str, Any]:
+        """The state that every rank starts from, as rank 0 has it."""
+        state = checkpoint.load(run) if resume else _state(learner, optimizer, step=0, seconds=0.0)
+        remove_leftovers(run)
+        _cut_metrics(run / "metrics.jsonl", state["step"])
+        if not resume:
+            checkpoint.save(run, state)
+        return state
 
-    with (
-        _stop_on_signal() as stopped,
-        _progress(steps, minutes) as progress,
-        SummaryWriter(str(run / "tensorboard"), purge_step=step + 1) as board,
-        (run / "metrics.jsonl").open("a") as metrics,
-    ):
-        bar = progress.add_task("training", total=1.0, numbers="")
-        while not stopped and (steps is None or step < steps) and (minutes is None or elapsed < 60 * minutes):
-            try:
-                entry = _step(learner, optimizer, source.sample(tasks_per_step, "train", seed, step), source)
-            except DivergedError:
-                save()
-                raise
-            step += 1
-            if step % VALIDATE_EVERY == 0:
-                entry |= _validation(learner, source)
-            elapsed = before + time.monotonic() - start
-            entry = {"step": step, "seconds": round(elapsed, 3)} | entry
-            metrics.write(json.dumps(entry) + "\n")
-            metrics.flush()
-            for name, value in entry.items():
-                board.add_scalar(name, value, step)
-            share = max(step / steps if steps else 0.0, elapsed / (60 * minutes) if minutes else 0.0)
-            progress.update(bar, completed=min(share, 1.0), numbers=_numbers(entry))
-            if time.monotonic() - last_save > SECONDS_BETWEEN_CHECKPOINTS:
-                save()
-                last_save = time.monotonic()
-        save()
-    return step
+    before = last = saved = distributed.from_first(begin)
+    _restore(last, learner, optimizer, run)
+    writes = distributed.rank() == 0
+    saved_at = time.monotonic()
+    began = saved_at - last["seconds"]
+
+    with _stop_on_signal() as received, _log(run, last["step"], steps, minutes) as log:
+
+        def asked_to_stop() -> bool:
+            """By a signal to any rank, or by the clock of rank 0."""
+            late = minutes is not None and time.monotonic() - began >= 60 * minutes
+            return bool(received) or (late and distributed.rank() == 0)
+
+        try:
+            stop = minutes is not None and last["seconds"] >= 60 * minutes
+            while not stop and (steps is None or last["step"] < steps):
+                tasks = source.sample(tasks_per_step, "train", seed, last["step"])
+                entry, stop = _step(learner, optimizer, tasks, source, asked_to_stop)
+                step = last["step"] + 1
+                if step % VALIDATE_EVERY == 0:
+                    entry |= _validation(learner, source)
+                before, last = last, _state(learner, optimizer, step, time.monotonic() - began)
+                log({"step": step, "seconds": round(last["seconds"], 3)} | entry)
+                if writes and time.monotonic() - saved_at > SECONDS_BETWEEN_CHECKPOINTS:
+                    checkpoint.save(run, last)
+                    saved, saved_at = last, time.monotonic()
+        except DivergedError as error:
+            last = last if error.step_began_well else before
+            _restore(last, learner, optimizer, run)
+            raise
+        except distributed.LostRankError:
+            writes = True  # whoever is left
+            _restore(last, learner, optimizer, run)
+            raise
+        finally:
+            if writes and last is not saved:
+                checkpoint.save(run, last)
+    return last["step"]
 
 
 def evaluate(learner: Learner, source: TaskSource, tasks: int, seed: int) -> tuple[float, float]:
@@ -107,37 +120,50 @@ def evaluate(learner: Learner, source: TaskSource, tasks: int, seed: int) -> tup
 
     The score of a task is its query accuracy, or for regression its mean query loss.
     """
-    scores: list[Tensor] = []
-    size = 20
-    for index, first in enumerate(range(0, tasks, size)):
-        batch = source.sample(min(size, tasks - first), "test", seed, index)
-        with torch.no_grad():
-            outputs = learner.meta_step(batch).outputs
+    scores = _scores(learner, source, "test", tasks, seed)
+    spread = float(scores.std()) if tasks > 1 else math.nan
+    return float(scores.mean()), 1.96 * spread / math.sqrt(tasks)
+
+
+def _step(
+    learner: Learner,
+    optimizer: torch.optim.Optimizer,
+    tasks: Task,
+    source: TaskSource,
+    asked_to_stop: Callable[[], bool],
+) -> tuple[dict[str, float], bool]:
+    """One meta-step; what it tells of the parameters that it started from, and whether it is to be the last."""
+    part, weight = distributed.share(len(tasks.query[0]))
+    tasks = _on_device_of(learner, tree_map(lambda t: t[part], tasks))
+    entries: list[dict[str, float]] = []
+    stops: list[bool] = []
+
+    def meta_gradient() -> Tensor:
+        optimizer.zero_grad()
+        with idf.record() as history:
+            result = learner.meta_step(tasks)
+            result.loss.backward()
+        entry = {"loss": float(result.loss.detach())}
         if source.is_classification:
-            scores.append((outputs.argmax(-1) == batch.query[1]).float().mean(-1))
-        else:
-            scores.append(torch.vmap(learner.loss)(outputs, batch.query[1]))
-    values = torch.cat(scores)
-    spread = float(values.std()) if len(values) > 1 else math.nan
-    return float(values.mean()), 1.96 * spread / math.sqrt(len(values))
+            entry["accuracy"] = float((result.outputs.argmax(-1) == tasks.query[1]).float().mean())
+        entry |= _solver_report(history) | learner.report()
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        numbers = torch.tensor(list(entry.values()), dtype=torch.float64)
+        stops.append(distributed.sum_([*gradients, numbers], weight, asked_to_stop()))
+        entry = dict(zip(entry, numbers.tolist(), strict=True))
+        if not (math.isfinite(entry["loss"]) and all(bool(g.isfinite().all()) for g in gradients)):
+            error = DivergedError(
+                f"the training diverged: the loss is {entry['loss']:.3g}, or its gradient is not finite. The "
+                f"last good parameters are in the checkpoint. Try a lower --learning-rate or --inner-stepsize."
+            )
+            error.step_began_well = bool(entries)
+            raise error
+        entries.append(entry)
+        return numbers[0]
 
-
-def _step(learner: Learner, optimizer: torch.optim.Optimizer, tasks: Task, source: TaskSource) -> dict[str, Any]:
-    optimizer.zero_grad()
-    with idf.record() as history:
-        result = learner.meta_step(tasks)
-        result.loss.backward()
-    gradients = [p.grad for p in learner.parameters() if p.grad is not None]
-    if not (result.loss.isfinite() and all(bool(g.isfinite().all()) for g in gradients)):
-        raise DivergedError(
-            f"the training diverged: the loss is {float(result.loss.detach()):.3g}, or its gradient is not finite. The "
-            f"last good parameters are in the checkpoint. Try a lower --learning-rate or --inner-stepsize."
-        )
-    optimizer.step()
-    entry: dict[str, Any] = {"loss": float(result.loss.detach())}
-    if source.is_classification:
-        entry["accuracy"] = float((result.outputs.argmax(-1) == tasks.query[1]).float().mean())
-    return entry | _solver_report(history)
+    strengths = _learned_strengths(learner)
+    optimizer.step(meta_gradient)
+    return entries[0] | strengths, any(stops)
 
 
 def _solver_report(history: list[Any]) -> dict[str, float]:
@@ -158,37 +184,106 @@ def _solver_report(history: list[Any]) -> dict[str, float]:
     return report
 
 
+def _learned_strengths(learner: Learner) -> dict[str, float]:
+    """The means of λ, where it is learned, by what of the model they belong to."""
+    regularization = getattr(learner, "regularization", None)
+    strengths = regularization.strengths() if hasattr(regularization, "strengths") else {}
+    return {f"lambda/{name}": float(value.mean()) for name, value in strengths.items()}
+
+
 def _validation(learner: Learner, source: TaskSource) -> dict[str, float]:
-    score, _ = evaluate(learner, source, VALIDATION_TASKS, VALIDATION_SEED)
-    return {"validation_accuracy" if source.is_classification else "validation_loss": score}
+    """The score on tasks to choose settings by where the source has some, else on test tasks; the name says which."""
+    split: Split = "val" if "val" in source.splits else "test"
+    name = ("validation" if split == "val" else "test") + ("_accuracy" if source.is_classification else "_loss")
+    return {name: float(_scores(learner, source, split, VALIDATION_TASKS, VALIDATION_SEED).mean())}
 
 
-def _restore(learner: Learner, optimizer: torch.optim.Optimizer, run: Path) -> tuple[int, float]:
-    state = checkpoint.load(run)
-    checkpoint.fit(run, state, learner)
-    optimizer.load_state_dict(state["optimizer"])
+def _scores(learner: Learner, source: TaskSource, split: Split, tasks: int, seed: int) -> Tensor:
+    """The score of each task, (tasks,); the ranks take the batches in turn."""
+    scores = torch.zeros(tasks, dtype=torch.float64)
+    firsts = list(enumerate(range(0, tasks, EVALUATION_BATCH)))
+    for index, first in firsts[distributed.rank() :: distributed.world_size()]:
+        mine = scores[first : first + EVALUATION_BATCH]
+        batch = _on_device_of(learner, source.sample(len(mine), split, seed, index))
+        with torch.no_grad():
+            outputs = learner.meta_step(batch).outputs
+        if source.is_classification:
+            mine[:] = (outputs.argmax(-1) == batch.query[1]).float().mean(-1)
+        else:
+            mine[:] = torch.vmap(learner.loss)(outputs, batch.query[1])
+    distributed.sum_([scores])
+    return scores
+
+
+def _on_device_of(learner: Learner, tasks: Task) -> Task:
+    device = next((p.device for p in learner.parameters()), None)
+    return tree_map(lambda t: t.to(device), tasks)
+
+
+def _state(learner: Learner, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> dict[str, Any]:
+    """All that training goes on from, as a copy."""
+    state = {
+        "learner": learner.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "seconds": seconds,
+        "random_state": torch.get_rng_state(),
+    }
+    return tree_map_only(Tensor, torch.clone, state)
+
+
+def _restore(state: dict[str, Any], learner: Learner, optimizer: torch.optim.Optimizer, run: Path) -> None:
+    checkpoint.fit(run, state, learner, optimizer)
     torch.set_rng_state(state["random_state"])
-    return state["step"], state["seconds"]
 
 
 def _cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps after the checkpoint, which will be taken again."""
+    """Drop the lines of steps after the checkpoint, which will be taken again, and what a crash left half-written."""
     if path.exists():
-        lines = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        write_atomically(path, "".join(line + "\n" for line in lines).encode())
+        lines = path.read_text(errors="replace").splitlines()
+        kept = [line for line in lines if 1 <= _step_of(line) <= step]
+        write_atomically(path, "".join(line + "\n" for line in kept).encode())
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
+@contextmanager
+def _log(run: Path, step: int, steps: int | None, minutes: float | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Takes the entry of each step to metrics.jsonl, TensorBoard and the progress bar; on rank 0 only."""
+    if distributed.rank() > 0:
+        yield lambda entry: None
+        return
+    with (
+        Progress(
+            TextColumn("{task.fields[numbers]}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f}%"),
+            TimeRemainingColumn(),
+        ) as progress,
+        SummaryWriter(str(run / "tensorboard"), purge_step=step + 1) as board,
+        (run / "metrics.jsonl").open("a") as metrics,
+    ):
+        bar = progress.add_task("training", total=1.0, numbers="")
+
+        def log(entry: dict[str, Any]) -> None:
+            metrics.write(json.dumps(entry) + "\n")
+            metrics.flush()
+            for name, value in entry.items():
+                board.add_scalar(name, value, entry["step"])
+            shares = (entry["step"] / steps if steps else 0.0, entry["seconds"] / (60 * minutes) if minutes else 0.0)
+            progress.update(bar, completed=min(max(shares), 1.0), numbers=_numbers(entry))
+
+        yield log
 
 
 def _numbers(entry: dict[str, Any]) -> str:
     accuracy = f"  accuracy {entry['accuracy']:.3f}" if "accuracy" in entry else ""
     return f"step {entry['step']}  loss {entry['loss']:.4f}{accuracy}"
-
-
-def _progress(steps: int | None, minutes: float | None) -> Progress:
-    return Progress(
-        TextColumn("{task.fields[numbers]}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn()
-    )
 
 
 @contextmanager
@@ -206,6 +301,10 @@ def _stop_on_signal() -> Iterator[list[int]]:
         signal.signal(number, note)
     try:
         yield received
+    except distributed.LostRankError:
+        # torchrun ends the ranks that are left by this signal, but the error is still to be told.
+        handlers[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ._autograd import solution_of
 from ._captures import dual_level_is_open, find_captures, plain_value, transform_level
+from ._data_parallel import DataParallelProblem, Ranks
 from ._equations import Equations
 from ._problem import ConditionProblem, InnerProblem
 from .conditions import Condition
@@ -114,17 +116,22 @@ def solve_condition(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     objective: Callable[..., Tensor] | None = None,
+    ranks: Ranks | None = None,
 ) -> Solution:
     """The solution of a condition by an inner solver, differentiable in args, kwargs and captured tensors.
 
-    ``objective`` is what the inner solver may minimise; by default the condition's own, where it has one.
+    ``objective`` is what the inner solver may minimise; by default the condition's own, where it has one. ``ranks``
+    are those that the condition's function is summed over.
     """
     refuse_tracing()
     equations = Equations.of(condition, init, args, kwargs, objective=objective)
     vectorizer = equations.vectorizer
     solution = Solution(None, None)  # type: ignore[arg-type]  # filled in below
-    problem = ConditionProblem(equations, inner_solver, as_linear_solver(linear_solver, Auto), weakref.ref(solution))
+    parts = equations, inner_solver, as_linear_solver(linear_solver, Auto), weakref.ref(solution)
+    problem = ConditionProblem(*parts) if ranks is None else DataParallelProblem(*parts, ranks=ranks)
     x0 = vectorizer.ravel(init, "init").detach()
+    if isinstance(problem, DataParallelProblem):
+        problem.check_arguments(x0, args, kwargs)
     solution.value = vectorizer.unravel(_differentiable(problem, x0))
     return solution
 
@@ -134,20 +141,26 @@ def _differentiable(problem: ConditionProblem, x0: Tensor) -> Tensor:
     if transform_level() or dual_level_is_open():
         # The values are out of reach here: the Function is applied first, and solves where they are plain.
         problem, captured = _with_captures(problem, x0, {})
-        x = solution_of(problem, x0, *tensors, *captured.values())
+        x = _applied(problem, x0, *tensors, *captured.values())
         seen = len(captured)
         problem, captured = _with_captures(problem, x.detach(), captured)
         if len(captured) == seen:
             return x
         # At the solution the function takes a branch that uses further tensors.
-        return solution_of(replace(problem, inner_solver=None), x.detach(), *tensors, *captured.values())
+        return _applied(replace(problem, inner_solver=None), x.detach(), *tensors, *captured.values())
     x = _plain_solution(problem, x0, tensors)
     if not torch.is_grad_enabled():
         return x
     problem, captured = _with_captures(problem, x, {})
     if not any(t.requires_grad for t in (*tensors, *captured.values())):
         return x
-    return solution_of(replace(problem, inner_solver=None), x, *tensors, *captured.values())
+    return _applied(replace(problem, inner_solver=None), x, *tensors, *captured.values())
+
+
+def _applied(problem: ConditionProblem, x0: Tensor, *inputs: Tensor) -> Tensor:
+    if isinstance(problem, DataParallelProblem):
+        return problem.shared_solution(x0, inputs)
+    return solution_of(problem, x0, *inputs)
 
 
 def _plain_solution(problem: ConditionProblem, x0: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -162,9 +175,13 @@ def _with_captures(
 ) -> tuple[ConditionProblem, dict[int, Tensor]]:
     """The problem with the tensors that its function captures at x, after those that are known already."""
     equations = problem.equations
-    found, captures = find_captures(equations.primitive, x, equations.arguments.tensors, [equations.condition])
+    # Which tensors a rank captures may depend on the rank, so that no rank can wait for another one here.
+    with problem.ranks.alone() if isinstance(problem, DataParallelProblem) else contextlib.nullcontext():
+        found, captures = find_captures(equations.primitive, x, equations.arguments.tensors, [equations.condition])
     new = [(t, c) for t, c in zip(found, captures, strict=True) if id(t) not in known]
     captured = known | {id(t): t for t, _ in new}
+    if isinstance(problem, DataParallelProblem):
+        problem.check_captures(x, [t for t, _ in new], [c for _, c in new])
     return replace(problem, captures=(*problem.captures, *(c for _, c in new))), captured
 
 

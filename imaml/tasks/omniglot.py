@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 import urllib.request
-import warnings
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-
 from ..files import write_atomically
-from .task import Split, Task, generator_for
+from .decoding import Preparation
+from .image_classes import ImageClasses
+from .picture_files import Files, Picture
+from .task import Split
 
 PARTS = ("images_background", "images_evaluation")
 DRAWINGS = 20
@@ -31,77 +24,58 @@ CHECKSUMS = {
 """MD5 sums of the official files."""
 
 
-class Omniglot:
-    """N-way K-shot classification of characters, 28×28, ink 1 on paper 0.
+class Omniglot(ImageClasses):
+    """N-way K-shot classification of characters, 28×28, floats in [0, 1]: ink 1 on paper 0.
 
     ``data`` holds the official ``images_background.zip`` and ``images_evaluation.zip``, or these folders unpacked. The
     split is that of the files ``vinyals_train.json``, ``vinyals_val.json`` and ``vinyals_test.json`` in it, or of those
     that come with the package (Vinyals et al. 2016). Meta-training uses train + val (1,200 characters), each turned by
-    0°, 90°, 180° or 270° as a class of its own; testing uses the 423 test characters as they are. That no character is
-    in both is asserted.
+    0°, 90°, 180° or 270° as a class of its own; testing uses the 423 test characters as they are. ``hold_out`` keeps
+    the 172 characters of val out of training, as a split "val" to choose settings by. That no character is in two
+    splits is asserted.
 
     The decoded images are cached in one file in the user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``).
 
     Raises FileNotFoundError and ValueError, which name the file and what is wrong with it.
     """
 
-    is_classification = True
-    splits: frozenset[Split] = frozenset(("train", "test"))
-
-    def __init__(self, data: str | Path, ways: int = 5, shots: int = 1, queries: int = 5) -> None:
-        if shots + queries > DRAWINGS:
-            raise ValueError(f"shots + queries is {shots + queries}, but a character has {DRAWINGS} drawings.")
-        self.ways, self.shots, self.queries = ways, shots, queries
+    def __init__(
+        self, data: str | Path, ways: int = 5, shots: int = 1, queries: int = 5, *, hold_out: bool = False
+    ) -> None:
         folder = Path(data)
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder}: give the folder that holds the Omniglot files.")
-        names, images = _load(folder)
-        splits = read_splits(folder)
-        self._images: dict[Split, Tensor] = {}
-        for split, characters in splits.items():
-            missing = sorted(characters - set(names))
-            if missing:
+        characters: dict[str, list[Picture]] = {}
+        for part in PARTS:
+            for picture in _drawings(folder, part):
+                character = picture.name.rsplit("/", 1)[0]
+                characters.setdefault(f"{part}/{character}", []).append(picture)
+        for name, drawings in characters.items():
+            if len(drawings) != DRAWINGS:
                 raise ValueError(
-                    f"{folder} lacks {len(missing)} characters of the {split} split, {missing[0]} for one."
+                    f"{folder} is not complete: {name} has {len(drawings)} drawings instead of {DRAWINGS}."
                 )
-            self._images[split] = images[[names.index(c) for c in sorted(characters)]]
-        if ways > len(splits["test"]):
-            raise ValueError(f"ways is {ways}, but there are {len(splits['test'])} test characters.")
-
-    def sample(self, count: int, split: Split, seed: int, index: int) -> Task:
-        """A batch of ``count`` tasks: inputs (count, ways · examples, 1, 28, 28), targets (count, ways · examples)."""
-        generator = generator_for(split, seed, index)
-        images = self._images[split]
-        turns = 4 if split == "train" else 1  # turned characters are classes of their own, in training
-        each = self.shots + self.queries
-        drawn = []
-        for _ in range(count):
-            classes = torch.randperm(turns * len(images), generator=generator)[: self.ways]
-            for c in classes.tolist():
-                drawings = torch.randperm(DRAWINGS, generator=generator)[:each]
-                drawn.append(torch.rot90(images[c // turns, drawings], c % turns, (-2, -1)))
-        pixels = torch.stack(drawn).reshape(count, self.ways, each, 1, SIDE, SIDE).float() / 255
-        labels = torch.arange(self.ways).reshape(1, self.ways, 1).expand(count, self.ways, each)
-        parts = []
-        for part in (slice(None, self.shots), slice(self.shots, None)):
-            parts.append((pixels[:, :, part].flatten(1, 2), labels[:, :, part].flatten(1, 2)))
-        return Task(*parts)
+        super().__init__(
+            folder,
+            characters,
+            read_splits(folder, hold_out=hold_out),
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            preparation=Preparation(channels=1, side=SIDE, inverted=True),
+            rotations=True,
+        )
 
 
-def read_splits(folder: Path) -> dict[Split, set[str]]:
-    """The characters of the train (train + val) and test split, as "part/Alphabet/characterNN", found disjoint.
+def read_splits(folder: Path, *, hold_out: bool = False) -> dict[Split, set[str]]:
+    """The characters of the splits, as "part/Alphabet/characterNN": train + val and test, or all three held apart.
 
     The package's own split is taken where the folder has none of the three files.
     """
     if not any((folder / f"vinyals_{name}.json").exists() for name in ("train", "val", "test")):
         folder = Path(__file__).parent / "omniglot_splits"
-    train = _read_split(folder / "vinyals_train.json") | _read_split(folder / "vinyals_val.json")
-    test = _read_split(folder / "vinyals_test.json")
-    if train & test:
-        raise ValueError(
-            f"{len(train & test)} characters of {folder} are in the train and in the test split: {min(train & test)}."
-        )
-    return {"train": train, "test": test}
+    train, val, test = (_read_split(folder / f"vinyals_{name}.json") for name in ("train", "val", "test"))
+    return {"train": train, "val": val, "test": test} if hold_out else {"train": train | val, "test": test}
 
 
 def _read_split(path: Path) -> set[str]:
@@ -139,77 +113,15 @@ def download(folder: Path) -> None:
         write_atomically(folder / name, content)
 
 
-def _load(folder: Path) -> tuple[list[str], Tensor]:
-    """Names and images, uint8 of shape (characters, 20, 28, 28), decoded or from the cache."""
-    sources = [_source(folder, part) for part in PARTS]
-    key = [_fingerprint(source) for source in sources]
-    caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "imaml"
-    place = caches / f"omniglot_{SIDE}_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.pt"
-    cached = _read_cache(place, key)
-    if cached is not None:
-        return cached
-    names, images = _decode(sources)
-    buffer = io.BytesIO()
-    torch.save({"key": key, "names": names, "images": images}, buffer)
-    try:
-        caches.mkdir(parents=True, exist_ok=True)
-        write_atomically(place, buffer.getvalue())
-    except OSError as error:  # a cache is a convenience
-        warnings.warn(f"the decoded images could not be cached in {caches}: {error}", stacklevel=2)
-    return names, images
-
-
-def _read_cache(place: Path, key: list[list[object]]) -> tuple[list[str], Tensor] | None:
-    """What the cache file holds, or None where there is none, or one of other or of damaged files."""
-    try:
-        cached = torch.load(place, weights_only=True)
-        return (cached["names"], cached["images"]) if cached["key"] == key else None
-    except Exception:  # whatever is wrong with a cache, the data is the remedy
-        return None
-
-
-def _fingerprint(source: Path) -> list[object]:
-    """What changes when the drawings do. A folder's own size and time do not show what is in its subfolders."""
-    stats = [path.stat() for path in (source.rglob("*.png") if source.is_dir() else [source])]
-    return [source.name, len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
-
-
-def _source(folder: Path, part: str) -> Path:
-    for candidate in (folder / part, folder / f"{part}.zip"):
-        if candidate.exists():
-            return candidate
-    raise FileNotFoundError(
-        f"{folder} has neither {part}.zip nor a folder {part}: `--download` fetches the official files."
-    )
-
-
-def _decode(sources: list[Path]) -> tuple[list[str], Tensor]:
-    characters: dict[str, list[np.ndarray]] = {}
-    for source in sources:
-        for member, content in _drawings(source):
-            try:
-                with Image.open(io.BytesIO(content)) as image:
-                    small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-            except (UnidentifiedImageError, OSError) as error:
-                raise ValueError(f"{source} holds {member}, which is not a readable image: {error}.") from error
-            characters.setdefault(member.rsplit("/", 1)[0], []).append(255 - np.asarray(small))
-    wrong = {name: len(drawings) for name, drawings in characters.items() if len(drawings) != DRAWINGS}
-    if wrong or not characters:
-        name, number = next(iter(wrong.items()), ("it", 0))
-        raise ValueError(f"{sources[0].parent} is not complete: {name} has {number} drawings instead of {DRAWINGS}.")
-    names = sorted(characters)
-    return names, torch.from_numpy(np.stack([np.stack(characters[name]) for name in names]))
-
-
-def _drawings(source: Path) -> Iterator[tuple[str, bytes]]:
-    """(part/Alphabet/characterNN/file.png, bytes) in the order of the names."""
-    if source.is_dir():
-        for path in sorted(source.rglob("*.png")):
-            yield path.relative_to(source.parent).as_posix(), path.read_bytes()
-        return
-    try:
-        with zipfile.ZipFile(source) as archive:
-            for member in sorted(m for m in archive.namelist() if m.endswith(".png") and not m.startswith("__MACOSX")):
-                yield member, archive.read(member)
-    except (zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
-        raise ValueError(f"{source} is not a readable zip file ({error}): was its download cut short?") from error
+def _drawings(folder: Path, part: str) -> list[Picture]:
+    """The drawings of a part, named Alphabet/characterNN/file.png, in the order of the names."""
+    path = next((p for p in (folder / part, folder / f"{part}.zip") if p.exists()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"{folder} has neither {part}.zip nor a folder {part}: `--download` fetches the official files."
+        )
+    files = Files(path)
+    drawings = [Picture(files, name) for name in sorted(files.stamps) if name.endswith(".png")]
+    if not drawings:
+        raise ValueError(f"{path} is not complete: there are no drawings Alphabet/characterNN/*.png in it.")
+    return drawings

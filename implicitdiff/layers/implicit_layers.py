@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .._data_parallel import Ranks, summed, summed_condition
 from ..api import check_condition, solve_condition
 from ..conditions import Condition, FixedPoint, Root, Tree
-from ..conditions.base import checked_callable
 from ..info import Solution
 from ..inner_solvers import LBFGS, Anderson, LevenbergMarquardt, Newton
 from ..inner_solvers._polished import Polished
@@ -18,6 +18,9 @@ from ..inner_solvers.base import as_inner_solver
 from ..least_squares import LeastSquares
 from ..linear_solvers import Auto
 from ..linear_solvers.base import as_linear_solver
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ImplicitLayer(nn.Module):
@@ -30,10 +33,16 @@ class ImplicitLayer(nn.Module):
     """What the inner solver may minimise, where the condition does not say it."""
 
     def __init__(
-        self, function: Any, condition: Condition, inner_solver: Any, linear_solver: Any, polish: bool
+        self,
+        function: Any,
+        condition: Condition,
+        inner_solver: Any,
+        linear_solver: Any,
+        polish: bool,
+        ranks: Ranks | None,
     ) -> None:
         super().__init__()
-        self.function = function
+        self.function, self._ranks = function, ranks
         self.condition = condition
         self.linear_solver = as_linear_solver(linear_solver, Auto)
         self.inner_solver = Polished(inner_solver, self.linear_solver) if polish else inner_solver
@@ -45,7 +54,7 @@ class ImplicitLayer(nn.Module):
     def solve(self, init: Tree, *args: Any, **kwargs: Any) -> Solution:
         """The solution with its reports: ``.value``, ``.forward``, and ``.backward`` once a derivative was taken."""
         return solve_condition(
-            self.condition, self.inner_solver, self.linear_solver, init, args, kwargs, self.objective
+            self.condition, self.inner_solver, self.linear_solver, init, args, kwargs, self.objective, self._ranks
         )
 
     def extra_repr(self) -> str:
@@ -67,9 +76,16 @@ class ArgminLayer(ImplicitLayer):
       whether *it* holds at the solution.
     * ``polish``: one Newton step after the inner solver, by a loose solve with ``linear_solver``. It squares the error
       of the derivative and fills ``solution.forward.distance`` and ``.gradient_error``.
+    * ``process_group``: for a data-parallel problem. What is minimised is the *sum* over the group's ranks of their
+      objectives, each on its own shard of the data; all ranks call the layer and its derivative together, and get the
+      same x. ``init`` and every tensor that is differentiated must be the same on all ranks, and its gradient is that
+      of the *mean* of their outer losses, so that ``DistributedDataParallel`` around the layer changes nothing. What
+      has no gradient may differ. A prox, a projection or bounds belong to the whole, not to a rank. A rank whose
+      function raises leaves the others waiting until the group's timeout.
 
     Raises :class:`~implicitdiff.ImplicitDiffError` where the objective is not a scalar or init not a tree of floating
-    point tensors; warns with :class:`~implicitdiff.ConvergenceWarning` where a solve failed.
+    point tensors, and on all ranks where they differ in what must be the same; warns with
+    :class:`~implicitdiff.ConvergenceWarning` where a solve failed.
 
     >>> import torch
     >>> layer = ArgminLayer(lambda x, y: ((x**2 - y) ** 2).sum())
@@ -87,16 +103,20 @@ class ArgminLayer(ImplicitLayer):
         linear_solver: Any = None,
         condition: Condition | None = None,
         polish: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
+        ranks = Ranks.of(process_group)
         default = LevenbergMarquardt if isinstance(objective, LeastSquares) else LBFGS
         inner_solver = as_inner_solver(inner_solver, default)
+        function = objective.function if isinstance(objective, LeastSquares) else objective
+        objective = summed(objective, "objective", ranks)
         if condition is None:
             condition = inner_solver.condition(objective)
         else:
             inner_solver = Verified(inner_solver)
-        function = objective.function if isinstance(objective, LeastSquares) else objective
-        super().__init__(function, check_condition(condition), inner_solver, linear_solver, polish)
-        self.objective = checked_callable(objective, "objective")
+            condition = summed_condition(check_condition(condition), ranks)
+        super().__init__(function, condition, inner_solver, linear_solver, polish, ranks)
+        self.objective = objective
 
 
 class RootLayer(ImplicitLayer):
@@ -119,8 +139,11 @@ class RootLayer(ImplicitLayer):
         inner_solver: Any = None,
         linear_solver: Any = None,
         polish: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(residual, Root(residual), as_inner_solver(inner_solver, Newton), linear_solver, polish)
+        ranks = Ranks.of(process_group)
+        condition = Root(summed(residual, "residual", ranks))
+        super().__init__(residual, condition, as_inner_solver(inner_solver, Newton), linear_solver, polish, ranks)
 
 
 class FixedPointLayer(ImplicitLayer):
@@ -142,5 +165,8 @@ class FixedPointLayer(ImplicitLayer):
         inner_solver: Any = None,
         linear_solver: Any = None,
         polish: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(update, FixedPoint(update), as_inner_solver(inner_solver, Anderson), linear_solver, polish)
+        ranks = Ranks.of(process_group)
+        condition = FixedPoint(summed(update, "update", ranks))
+        super().__init__(update, condition, as_inner_solver(inner_solver, Anderson), linear_solver, polish, ranks)

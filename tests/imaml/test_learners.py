@@ -94,7 +94,7 @@ def test_a_learned_regularization_gets_its_gradient() -> None:
     for value in (torch.tensor(0.7, dtype=D), torch.tensor(1.9, dtype=D)):
         learner = IMAML(model, nn.functional.mse_loss, **exact(regularization=nn.Parameter(value)))
         gradients(learner, tasks)
-        (parameter,) = learner.learned_regularization
+        (parameter,) = learner.regularization.learned
         step = 1e-5
         around = [
             float(IMAML(model, nn.functional.mse_loss, **exact(regularization=value + s)).meta_loss(tasks).detach())
@@ -105,7 +105,7 @@ def test_a_learned_regularization_gets_its_gradient() -> None:
     per_parameter = {n: nn.Parameter(torch.ones_like(p)) for n, p in model.named_parameters()}
     learner = IMAML(model, nn.functional.mse_loss, **exact(regularization=per_parameter))
     learner.meta_loss(tasks).backward()
-    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in learner.learned_regularization)
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in learner.regularization.learned)
 
 
 @pytest.mark.parametrize("algorithm", ["imaml", "maml", "reptile"])

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from imaml.files import write_atomically
-from imaml.tasks import Omniglot, Task, omniglot
+from imaml.tasks import Omniglot, Task, decoding, omniglot
 
 from .test_tasks import drawing, make_omniglot
 
@@ -74,14 +74,14 @@ def test_zips_and_folders_are_the_same_data(zips: Path, folders: Path) -> None:
 
 def test_the_second_load_reads_the_cache(zips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load(zips)
-    monkeypatch.setattr(omniglot, "_decode", lambda sources: pytest.fail("the drawings were decoded again"))
+    monkeypatch.setattr(decoding, "_decode", lambda *_: pytest.fail("the drawings were decoded again"))
     assert same(first, load(zips))
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a tensor file", None], ids=["empty", "foreign", "truncated"])
 def test_a_damaged_cache_is_made_again(zips: Path, cache: Path, damage: bytes | None) -> None:
     first = load(zips)
-    (file,) = cache.iterdir()
+    (file,) = cache.glob("*.pt")
     file.write_bytes(file.read_bytes()[:1000] if damage is None else damage)
     assert same(first, load(zips))
 
@@ -115,6 +115,15 @@ def test_a_zip_with_a_damaged_member_is_named(zips: Path) -> None:
     (zips / "images_evaluation.zip").write_bytes(content)
     with pytest.raises(ValueError, match=r"images_evaluation\.zip"):
         load(zips)
+
+
+def test_a_drawing_of_ones_own_is_prepared_as_those_of_the_tasks(zips: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.png").write_bytes(drawing(6, 3))
+    source = Omniglot(zips, ways=3)
+    own = source.image(tmp_path / "own.png")
+    assert own.shape == (source.channels, source.side, source.side) == (1, 28, 28)
+    assert recognised(own) == {(6, 0)}
+    assert torch.equal(own, source.image(drawing(6, 3)))
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -130,8 +131,8 @@ def damage(folder: Path, how: str) -> None:
         with zipfile.ZipFile(archive, "w") as new:
             new.writestr("images_background/Alpha_0/character00/0000_01.png", drawing(0, 0))
     elif how == "bad image":
-        with zipfile.ZipFile(archive, "a") as old:
-            old.writestr("images_background/Alpha_0/character00/0000_21.png", b"no image")
+        with zipfile.ZipFile(archive, "a") as old, pytest.warns(UserWarning, match="Duplicate name"):
+            old.writestr("images_background/Alpha_0/character00/0000_20.png", b"no image")
     elif how == "no split":
         (folder / "vinyals_test.json").unlink()
     elif how == "bad split":
@@ -147,7 +148,7 @@ def damage(folder: Path, how: str) -> None:
         ("truncated", ValueError, "not a readable zip"),
         ("foreign", ValueError, "not a readable zip"),
         ("incomplete", ValueError, "1 drawings instead of 20"),
-        ("bad image", ValueError, "0000_21.png, which is not a readable image"),
+        ("bad image", ValueError, r"0000_20.png in .*images_background.zip is not a readable picture"),
         ("no split", FileNotFoundError, "no split file"),
         ("bad split", ValueError, "is not a split file"),
         ("overlap", ValueError, "in the train and in the test split"),
@@ -162,12 +163,28 @@ def test_damaged_data_is_named(tmp_path: Path, how: str, error: type[Exception],
 
 def test_impossible_settings_are_named(tmp_path: Path) -> None:
     data = make_omniglot(tmp_path / "data", True)
-    with pytest.raises(ValueError, match="has 20 drawings"):
+    with pytest.raises(ValueError, match="has 20 pictures"):
         Omniglot(data, shots=10, queries=11)
-    with pytest.raises(ValueError, match="there are 3 test characters"):
+    with pytest.raises(ValueError, match=r"test split of .* has 3 classes"):
         Omniglot(data, ways=4)
+    with pytest.raises(ValueError, match="shots is 0"):
+        Omniglot(data, ways=3, shots=0)
+    with pytest.raises(ValueError, match="no split 'val' here"):
+        Omniglot(data, ways=3).sample(1, "val", 0, 0)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         Omniglot(tmp_path / "nowhere")
+
+
+def test_hold_out_keeps_the_validation_characters_for_validation(tmp_path: Path) -> None:
+    data = make_omniglot(tmp_path / "data", True)
+    held, all_ = Omniglot(data, ways=1, hold_out=True), Omniglot(data, ways=1)
+    assert (held.splits, all_.splits) == ({"train", "val", "test"}, {"train", "test"})
+    assert {split: len(names) for split, names in held.classes.items()} == {"train": 4, "val": 1, "test": 3}
+    assert set(all_.classes["train"]) == {*held.classes["train"], *held.classes["val"]}
+    kept = held.sample(60, "val", 0, 0).query[0]  # all upright, of the fifth character: a bar below the others
+    assert len({int((image > 0.5).any(-1).nonzero().min()) for image in kept.flatten(0, 2)}) == 1
+    with pytest.raises(ValueError, match=r"val split of .* has 1 classes"):
+        Omniglot(data, ways=2, hold_out=True)
 
 
 @needs_real_data
@@ -175,6 +192,21 @@ def test_real_omniglot_has_the_usual_split() -> None:
     splits = read_splits(REAL)
     assert (len(splits["train"]), len(splits["test"])) == (1200, 423)
     assert not splits["train"] & splits["test"]
+
+
+def digest(task: Task) -> str:
+    """Of all numbers of a batch of tasks."""
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for part in task for t in part)).hexdigest()[:16]
+
+
+@needs_real_data
+def test_real_omniglot_is_drawn_as_ever() -> None:
+    """Results that name a seed stay reproducible: the draws of the first version of this class."""
+    one, other = Omniglot(REAL, ways=5, shots=1, queries=5), Omniglot(REAL, ways=20, shots=5, queries=15)
+    assert digest(one.sample(16, "train", 0, 0)) == "27100881c07a2a63"
+    assert digest(one.sample(16, "test", 0, 0)) == "b02aa56ed97b444c"
+    assert digest(other.sample(2, "train", 1, 2)) == "cadfd78b3f1bd44d"
+    assert digest(other.sample(2, "test", 1, 2)) == "305073e0d248928c"
 
 
 @needs_real_data
