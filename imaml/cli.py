@@ -31,10 +31,12 @@ from .presets import (
     Tasks,
     build_learner,
     build_optimizer,
+    build_schedule,
     build_source,
     option,
 )
 from .tasks import TaskSource, omniglot
+from .tasks.image_classes import ImageClasses
 
 app = typer.Typer(
     help="Implicit MAML and the algorithms it is compared with.",
@@ -237,6 +239,16 @@ def train(
             rich_help_panel=OUTER,
         ),
     ] = None,
+    cosine_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Let the learning rate fall to 0 over so many meta-steps.",
+            show_default="constant",
+            rich_help_panel=OUTER,
+        ),
+    ] = None,
     tasks_per_step: Annotated[
         int, typer.Option(metavar="N", min=1, help="Tasks in a meta-gradient.", rich_help_panel=OUTER)
     ] = 16,
@@ -300,6 +312,7 @@ def train(
             tasks_per_step=config.tasks_per_step,
             seed=config.seed,
             resume=resume,
+            learning_rate=build_schedule(config),
         )
     except USER_ERRORS as error:
         _refuse(str(error))
@@ -310,6 +323,9 @@ def train(
 def evaluate(
     run: Run,
     tasks: Annotated[int, typer.Option(min=2, help="Test tasks.")] = 600,
+    turned: Annotated[
+        bool, typer.Option("--turned", help="Turn the test classes too, like the published code (images).")
+    ] = False,
     data: Data = None,
     threads: Threads = None,
 ) -> None:
@@ -318,6 +334,10 @@ def evaluate(
         torch.set_num_threads(threads)
     try:
         _, source, learner = _restored(run, data)
+        if turned and not isinstance(source, ImageClasses):
+            raise ValueError("--turned turns pictures, and this run has none.")
+        if turned:
+            source = source.turned()
         _to_gpu(learner)
         mean, half = training.evaluate(learner, source, tasks, EVALUATION_SEED)
     except USER_ERRORS as error:

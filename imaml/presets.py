@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -144,6 +145,7 @@ class Config:
     checkpoint: bool = False
     outer: Outer = Outer.adam
     learning_rate: float | None = None
+    cosine_steps: int | None = None
     tasks_per_step: int = 16
     task_chunk: int | None = None
     seed: int = 0
@@ -380,3 +382,11 @@ def build_optimizer(config: Config, learner: Learner) -> torch.optim.Optimizer:
     if config.outer is Outer.adam:
         return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99))
     return torch.optim.SGD(parameters, lr=rate, momentum=0.9 if config.outer is Outer.momentum else 0.0)
+
+
+def build_schedule(config: Config) -> Callable[[int], float] | None:
+    """The learning rate after so many meta-steps, half a cosine down to 0; None where it is constant."""
+    rate, total = config.learning_rate, config.cosine_steps
+    if total is None:
+        return None
+    return lambda step: rate * (1 + math.cos(math.pi * min(step / total, 1.0))) / 2

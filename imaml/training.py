@@ -55,12 +55,14 @@ def train(
     tasks_per_step: int,
     seed: int,
     resume: bool = False,
+    learning_rate: Callable[[int], float] | None = None,
 ) -> int:
     """Train until ``steps`` meta-steps or ``minutes`` of training time in all, whichever comes first (Algorithm 1).
 
     Writes into ``run``: metrics.jsonl (a line per step), TensorBoard events and checkpoints. Ctrl-C ends after the step
     at hand with a checkpoint. ``resume`` goes on from the checkpoint, bit for bit as if there had been no stop; with
-    another number of processes, up to rounding. Returns the number of steps done.
+    another number of processes, up to rounding. ``learning_rate`` is a schedule, from the number of steps done; None
+    keeps the optimizer's. Returns the number of steps done.
 
     Raises DivergedError where the loss or its gradient is not finite, and :class:`imaml.distributed.LostRankError`
     where another process has died; both after a checkpoint of the last good step.
@@ -91,6 +93,9 @@ def train(
         try:
             stop = minutes is not None and last["seconds"] >= 60 * minutes
             while not stop and (steps is None or last["step"] < steps):
+                if learning_rate is not None:
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(last["step"])
                 tasks = source.sample(tasks_per_step, "train", seed, last["step"])
                 entry, stop = _step(learner, optimizer, tasks, source, asked_to_stop)
                 step = last["step"] + 1

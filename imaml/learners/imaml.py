@@ -61,8 +61,9 @@ class IMAML(Learner):
         task_chunk: int | None = None,
     ) -> None:
         super().__init__(model, loss, body=body, task_chunk=task_chunk)
-        is_module = isinstance(regularization, nn.Module)
-        self.regularization = regularization if is_module else GivenRegularization(regularization)
+        if not isinstance(regularization, nn.Module):
+            regularization = GivenRegularization(regularization)
+        self.regularization: nn.Module = regularization
         self._strengths()  # so that mistakes are found here
         self.layer = idf.ArgminLayer(self._regularized_loss, inner_solver=inner_solver, linear_solver=linear_solver)
         self._inner_solver = self.layer.inner_solver

@@ -17,7 +17,7 @@ class MAML(Learner):
     * ``stepsize``: of the steps, which ``nesterov=True`` takes with Nesterov momentum 0.9;
     * ``truncate=K`` differentiates through the last K steps only, ``first_order=True`` through none (FOMAML);
     * ``checkpoint=True`` keeps a few vectors like θ of each step instead of all that the model computed in it, and
-      computes that again in the backward pass: less memory for about a third more time;
+      computes that again in the backward pass: a fraction of the memory for about two fifths more time;
     * ``body``, ``task_chunk``: as in :class:`~imaml.Learner`.
 
     Raises ValueError for ``first_order`` together with ``truncate``.

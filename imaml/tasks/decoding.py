@@ -155,7 +155,7 @@ def _write(place: Path, key: str, images: Tensor) -> bool:
 
 
 def _checksum(images: Tensor) -> int:
-    return zlib.crc32(memoryview(images.numpy()))
+    return zlib.crc32(images.numpy())
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from itertools import combinations
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from .picture_files import Picture
 from .task import Split, Task, generator_for
 
 QUARTER_TURNS = 4
+Source = TypeVar("Source", bound="ImageClasses")
 
 
 class ImageClasses:
@@ -46,10 +49,12 @@ class ImageClasses:
             if number < 1:
                 raise ValueError(f"{name} is {number}, but must be at least 1.")
         self.ways, self.shots, self.queries = ways, shots, queries
-        self.channels, self.side, self.rotations = preparation.channels, preparation.side, rotations
+        self.channels, self.side = preparation.channels, preparation.side
         self.splits: frozenset[Split] = frozenset(splits)
         self.classes: dict[Split, list[str]] = {split: sorted(names) for split, names in splits.items()}
         """The names of the classes of each split."""
+        self.rotated: frozenset[Split] = frozenset(("train",)) if rotations else frozenset()
+        """The splits in which each class, turned, is four."""
         _check(data, pictures, self.classes)
         for split, classes in self.classes.items():
             turns = self._turns(split)
@@ -102,6 +107,15 @@ class ImageClasses:
             parts.append((inputs[:, :, part].flatten(1, 2), labels[:, :, part].flatten(1, 2)))
         return Task(*parts)
 
+    def turned(self: Source) -> Source:
+        """The same pictures with the classes of every split turned, those to test on as well.
+
+        The published code of MAML and of iMAML tests on turned characters of Omniglot, which are easier to tell apart.
+        """
+        other = copy(self)
+        other.rotated = self.splits
+        return other
+
     def image(self, picture: str | Path | bytes) -> Tensor:
         """A picture of one's own, prepared as those of the tasks are: (channels, side, side), floats in [0, 1].
 
@@ -111,7 +125,7 @@ class ImageClasses:
         return torch.from_numpy(self._preparation(content, name).copy()).float() / 255
 
     def _turns(self, split: Split) -> int:
-        return QUARTER_TURNS if self.rotations and split == "train" else 1
+        return QUARTER_TURNS if split in self.rotated else 1
 
 
 def _check(data: Path, pictures: Mapping[str, Sequence[Picture]], classes: Mapping[Split, list[str]]) -> None:

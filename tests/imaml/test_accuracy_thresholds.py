@@ -188,7 +188,8 @@ class UsesItsToleranceUp(idf.LinearSolver):
         left = 0.999 * max(self.atol, self.rtol * float(b.norm())) * self.direction
         solution = idf.Dense(rtol=1e-12).solve(A, b - left)
         norm = left.norm() / b.norm()
-        return idf.LinearSolution(solution.value, replace(solution.info, residual_norm=norm))
+        info = replace(solution.info, residual_norm=norm, converged=norm < 1, status=torch.tensor(0))
+        return idf.LinearSolution(solution.value, info)
 
 
 def test_the_threshold_holds_where_unequal_strengths_enlarge_the_residual() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -361,6 +362,17 @@ def test_the_decoded_pictures_are_mapped_and_made_again_when_the_data_or_the_cac
         old.rename(new)
     assert not same(first, load())
     assert len(decoded) == 7
+
+
+def test_other_classes_of_files_of_equal_sizes_and_times_are_not_taken_for_those_in_the_cache(tmp_path: Path) -> None:
+    data = write(tmp_path / "data", classes(range(3), format="BMP"))
+    for path in data.rglob("*.bmp"):
+        os.utime(path, (1e9, 1e9))
+    for klass in (1, 2):
+        (tmp_path / "own.json").write_text(json.dumps({"train": ["class_0"], "test": [f"class_{klass}"]}))
+        with pytest.warns(UserWarning, match="1 classes of .* are in no split"):
+            source = ImageFolder(data, ways=1, side=4, split=tmp_path / "own.json")
+        assert {c for c, _ in marks(source.sample(1, "test", 0, 0).query[0])} == {klass}
 
 
 def test_a_bad_picture_leaves_no_cache(split: Path, cache: Path) -> None:

@@ -101,8 +101,12 @@ def test_reads_zips_and_folders_alike(tmp_path: Path, zipped: bool) -> None:
 
 def test_support_and_query_share_no_drawing_and_turns_are_classes_in_training_only(tmp_path: Path) -> None:
     source = Omniglot(make_omniglot(tmp_path / "data", True), ways=3, shots=5, queries=15)
-    for split, turned in (("train", True), ("test", False)):
-        (xs, _), (xq, _) = source.sample(4, split, 0, 0)
+    for tasks, split, turned in (
+        (source.turned(), "test", True),
+        (source, "train", True),
+        (source, "test", False),
+    ):
+        (xs, _), (xq, _) = tasks.sample(4, split, 0, 0)
         for i in range(4):
             rows = {tuple(image.flatten().tolist()) for image in torch.cat([xs[i], xq[i]])}
             assert len(rows) == 60
