@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import matplotlib
@@ -46,12 +48,14 @@ def learning_curve(run: Path) -> Path:
     figure, axes = plt.subplots(1 + len(panels), 1, figsize=(7, 3 + 2.2 * len(panels)), sharex=True, squeeze=False)
     _draw_score(axes[0, 0], entries)
     for axis, panel in zip(axes[1:, 0], panels, strict=True):
+        # The few solves that fail would hide in a mean what the others reach.
+        average = median if "delta" in panel else fmean
         for name, label in panel.items():
             if name in entries[0]:
-                axis.plot(*_curve(entries, name), label=label)
+                axis.plot(*_curve(entries, name, average), label=label)
         if "delta" in panel:
             axis.set_yscale("log")
-            axis.set_ylabel("mean over tasks")
+            axis.set_ylabel(f"median of {SMOOTHING} steps")
         else:
             axis.set_ylim(-0.02, 1.02)
             axis.set_ylabel("share of tasks")
@@ -97,7 +101,7 @@ def sinusoid_adaptation(learner: Learner, source: TaskSource, run: Path, seed: i
         axis.plot(grid, after, color="tab:blue", label="after adaptation")
         axis.plot(*support, "o", color="tab:orange", label="support points")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4)
     return _save(figure, run / "adaptation.png")
 
 
@@ -139,23 +143,26 @@ def mistakes(learner: Learner, source: TaskSource, run: Path, seed: int, tasks: 
     Labels are drawn anew for each task, so that a table of labels would say nothing: the images do. None where there
     is no mistake.
     """
-    found: list[tuple[float, Tensor, Tensor, Tensor]] = []
+    found: dict[bytes, tuple[float, Tensor, Tensor, Tensor]] = {}  # each picture once
     for index in range(0, tasks, 10):
         batch = source.sample(min(10, tasks - index), "test", seed, index)
         probabilities = _probabilities(learner, batch)
         sureness, guesses = probabilities.max(-1)
         for t, q in (guesses != batch.query[1]).nonzero().tolist():
             example = [batch.support[0][t][batch.support[1][t] == c][0] for c in (guesses[t, q], batch.query[1][t, q])]
-            found.append((float(sureness[t, q]), batch.query[0][t, q], *example))
+            query, sure = batch.query[0][t, q], float(sureness[t, q])
+            key = query.numpy().tobytes()
+            if key not in found or found[key][0] < sure:
+                found[key] = sure, query, *example
     if not found:
         return None
-    found = sorted(found, key=lambda mistake: -mistake[0])[:12]
-    rows = -(-len(found) // 3)
+    shown = sorted(found.values(), key=lambda mistake: -mistake[0])[:12]
+    rows = -(-len(shown) // 3)
     widths = ([1.0, 1.0, 1.0, 0.3] * 3)[:-1]
     figure, axes = plt.subplots(rows, len(widths), figsize=(9, 1.15 * rows + 0.6), width_ratios=widths, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for i, (sureness, *images) in enumerate(found):
+    for i, (sureness, *images) in enumerate(shown):
         line = axes[i // 3, 4 * (i % 3) :]
         for axis, image, colour in zip(line, images, ("black", WRONG, RIGHT), strict=False):
             axis.axis("on")
@@ -176,7 +183,8 @@ def _draw_score(axis: plt.Axes, entries: list[dict[str, Any]]) -> None:
             values = [entry[f"{split}_{score}"] for entry in judged]
             axis.plot(_minutes(judged), values, "o-", markersize=3, label=f"{split} tasks")
     axis.set_ylabel(f"query {score}")
-    if score == "loss" and min(entry["loss"] for entry in entries) > 0:
+    losses = [entry["loss"] for entry in entries]
+    if score == "loss" and max(losses) > 10 * min(losses) > 0:
         axis.set_yscale("log")
     _finish(axis)
 
@@ -189,11 +197,11 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _curve(entries: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+def _curve(
+    entries: list[dict[str, Any]], name: str, average: Callable[[list[float]], float] = fmean
+) -> tuple[list[float], list[float]]:
     values = [entry[name] for entry in entries]
-    return _minutes(entries), [
-        sum(values[max(0, i - SMOOTHING + 1) : i + 1]) / min(i + 1, SMOOTHING) for i in range(len(values))
-    ]
+    return _minutes(entries), [average(values[max(0, i - SMOOTHING + 1) : i + 1]) for i in range(len(values))]
 
 
 def _minutes(entries: list[dict[str, Any]]) -> list[float]:

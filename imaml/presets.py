@@ -290,7 +290,11 @@ def build_preparation(config: Config) -> Preparation:
 
 def build_learner(config: Config) -> Learner:
     """The model of the tasks with the algorithm of a run."""
-    model = build_model(config)
+    return learner_of(build_model(config), config)
+
+
+def learner_of(model: nn.Module, config: Config) -> Learner:
+    """A model with the algorithm of a run."""
     loss = nn.functional.cross_entropy if config.tasks in IMAGES else nn.functional.mse_loss
     steps = {"steps": config.inner_steps, "stepsize": config.inner_stepsize}
     shared: dict[str, Any] = {"task_chunk": config.task_chunk}

@@ -120,12 +120,14 @@ def train(
     return last["step"]
 
 
-def evaluate(learner: Learner, source: TaskSource, tasks: int, seed: int) -> tuple[float, float]:
-    """Mean score on ``tasks`` test tasks and the half-width of its 95 % interval (1.96 standard errors).
+def evaluate(
+    learner: Learner, source: TaskSource, tasks: int, seed: int, split: Split = "test"
+) -> tuple[float, float]:
+    """Mean score on ``tasks`` tasks of a split and the half-width of its 95 % interval (1.96 standard errors).
 
     The score of a task is its query accuracy, or for regression its mean query loss.
     """
-    scores = _scores(learner, source, "test", tasks, seed)
+    scores = _scores(learner, source, split, tasks, seed)
     spread = float(scores.std()) if tasks > 1 else math.nan
     return float(scores.mean()), 1.96 * spread / math.sqrt(tasks)
 
