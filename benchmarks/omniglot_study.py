@@ -24,7 +24,7 @@ from imaml.files import write_atomically
 from imaml.presets import Algorithm, Config, InnerSolver, Share, Tasks
 from imaml.tasks import Omniglot, Task
 
-VALIDATION_TASKS, VALIDATION_SEED = 200, 1
+VALIDATION_TASKS, VALIDATION_SEED = 100, 1
 
 WHOLE = Config(Tasks.omniglot, hold_out=True, queries=1)
 HEAD = replace(WHOLE, head_only=True, regularization=0.1, inner_solver=InnerSolver.lbfgs, inner_steps=15)
@@ -109,7 +109,7 @@ def score(learner: nn.Module, source: Omniglot) -> tuple[float, float]:
 def main(
     data: Annotated[Path, typer.Option(help="Folder that holds the Omniglot files.")],
     out: Annotated[Path, typer.Option(help="Folder of study.json.")] = Path("reproduced/omniglot-study"),
-    seconds: Annotated[float, typer.Option(help="CPU time for each variant.")] = 120.0,
+    seconds: Annotated[float, typer.Option(help="CPU time for each variant.")] = 60.0,
 ) -> None:
     """Run what is not there yet."""
     torch.set_num_threads(1)

@@ -94,6 +94,6 @@ def _together(collective: Callable[[], object]) -> None:
         collective()
     except RuntimeError as error:
         raise LostRankError(
-            f"rank {rank()} of {world_size()} has lost another one, which died or did not answer for {TIMEOUT}. The last "
-            f"completed step of a training is in its checkpoint: go on with --resume, on any number of ranks."
+            f"rank {rank()} of {world_size()} has lost another one, which died or did not answer for {TIMEOUT}. The "
+            f"last completed step of a training is in its checkpoint: go on with --resume, on any number of ranks."
         ) from error

@@ -88,7 +88,7 @@ class Shades:
 
 
 class Taker:
-    """Names each image by its own class, but takes class 2 of the first two tasks for class 0, the second one surely."""
+    """Names each image by its own class, but takes class 2 of two tasks for class 0, that of the second surely."""
 
     def meta_step(self, tasks: Task) -> MetaLoss:
         images, labels = tasks.query
