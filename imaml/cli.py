@@ -35,6 +35,7 @@ from .presets import (
     build_source,
     option,
 )
+from .reproduce.omniglot import Setting
 from .tasks import TaskSource, omniglot
 from .tasks.image_classes import ImageClasses
 
@@ -442,11 +443,24 @@ def reproduce_omniglot(
     minutes: Annotated[
         float | None, typer.Option(min=0.0, help="Minutes of training for each cell of the table.")
     ] = None,
+    setting: Annotated[
+        list[Setting] | None, typer.Option(help="Columns of the table; repeatable.", show_default="all")
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Runs for each cell.")] = 1,
+    table: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the table goes.", show_default="OUT/table.md")
+    ] = None,
     quick: Quick = False,
     out: Into = None,
+    threads: Threads = None,
 ) -> None:
     """Accuracy on Omniglot, algorithm by algorithm: Table 2. Goes on where it was stopped."""
-    _reproduce("omniglot", out, quick=quick, data=data, minutes=minutes)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    settings = setting or list(Setting)
+    _reproduce(
+        "omniglot", out, quick=quick, data=data, minutes=minutes, settings=settings, seeds=seeds, table_file=table
+    )
 
 
 def _reproduce(name: str, out: Path | None, **settings: Any) -> None:

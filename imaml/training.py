@@ -120,9 +120,7 @@ def train(
     return last["step"]
 
 
-def evaluate(
-    learner: Learner, source: TaskSource, tasks: int, seed: int, split: Split = "test"
-) -> tuple[float, float]:
+def evaluate(learner: Learner, source: TaskSource, tasks: int, seed: int, split: Split = "test") -> tuple[float, float]:
     """Mean score on ``tasks`` tasks of a split and the half-width of its 95 % interval (1.96 standard errors).
 
     The score of a task is its query accuracy, or for regression its mean query loss.

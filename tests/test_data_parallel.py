@@ -193,11 +193,12 @@ def check_derivative(make: Callable[[], Case], name: str) -> None:
     close(got, transform(case.closed, closed, case), rtol)
 
 
+# Of all derivatives, those that are tried each time: in two processes all of these, in four the first two.
 QUICK = {
     ridge_case: [
         "double backward",
-        "hessian",
         "jacfwd of jacfwd",
+        "hessian",
         "is_grads_batched",
         "dual numbers",
         "vmap(grad), in_dims None",
@@ -209,12 +210,14 @@ QUICK = {
 
 
 @pytest.mark.parametrize(
-    ("make", "name"),
+    ("processes", "make", "name"),
     [
-        pytest.param(make, name, marks=() if name in quick else pytest.mark.slow)
+        pytest.param(count, make, name, marks=() if name in quick[: 8 if count == 2 else 2] else pytest.mark.slow)
+        for count in (2, 4)
         for make, quick in QUICK.items()
         for name in (*DERIVATIVES, *NESTINGS)
     ],
+    indirect=["processes"],
 )
 def test_equals_the_closed_form(processes: Processes, make: Callable[[], Case], name: str) -> None:
     processes.run(check_derivative, make, name)

@@ -94,12 +94,14 @@ def run(
     minutes: float | None,
     settings: Sequence[Setting] = tuple(Setting),
     seeds: int = 1,
+    table_file: Path | None = None,
     quick: bool = False,
 ) -> None:
-    """Train each cell for ``minutes``, test it, and write ``out``/table.md anew after each.
+    """Train each cell for ``minutes``, test it, and write the table, ``out``/table.md, anew after each.
 
     Raises ValueError without ``minutes`` (``quick`` needs none), and what the data source raises.
     """
+    file = table_file or out / "table.md"
     if quick:
         settings = settings[:1]
     elif minutes is None:
@@ -112,8 +114,8 @@ def run(
                 if not finish(cell, config.completed(), steps=QUICK_STEPS if quick else None, minutes=minutes):
                     Console().print(f"stopped in {cell}: the same command goes on from there.")
                     return
-                write_atomically(out / "table.md", table(out, settings, seeds).encode())
-    Console().print((out / "table.md").read_text(), markup=False)
+                write_atomically(file, table(out, settings, seeds).encode())
+    Console().print(file.read_text(), markup=False)
 
 
 def finish(folder: Path, config: Config, *, steps: int | None, minutes: float | None) -> bool:

@@ -95,6 +95,14 @@ def test_classes_of_unequal_size_count_alike(tmp_path: Path) -> None:
         torch.testing.assert_close(thrice[name], value, rtol=0, atol=1e-4)  # float32: the order of sums differs
 
 
+def test_a_picture_that_is_left_out_is_not_learned_from(tmp_path: Path) -> None:
+    """A bar and a disc in each class: what is left out looks like a picture of the other class."""
+    for name, numbers in (("a", (1, 2)), ("b", (2, 1))):
+        for kind, number in zip(("bar", "disc"), numbers, strict=True):
+            draw(kind, number, tmp_path / "s" / name / f"{kind}.png")
+    assert adapt(make_run(tmp_path / "run"), tmp_path / "s").left_out() == 0.0
+
+
 def test_one_picture_of_a_class_leaves_nothing_to_judge_by(tmp_path: Path) -> None:
     assert adapt(make_run(tmp_path / "run"), folder_of(tmp_path / "s", bar=2, disc=1)).left_out() is None
 
