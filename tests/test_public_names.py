@@ -35,7 +35,7 @@ INNER_SOLVERS = {
 def test_the_root_exports_exactly_these() -> None:
     assert set(idf.__all__) == ROOT_NAMES
     assert set(idf.inner_solvers.__all__) == INNER_SOLVERS
-    assert set(imaml.__all__) == {"IMAML", "MAML", "Reptile", "Learner", "MetaLoss", "tasks"}
+    assert set(imaml.__all__) == {"IMAML", "MAML", "Reptile", "Learner", "LearnedRegularization", "MetaLoss", "tasks"}
 
 
 def public_objects() -> list[tuple[str, Any]]:

@@ -1,18 +1,22 @@
-"""The README's Python examples run as they stand."""
+"""The Python examples of the README and of the page on implicit MAML run as they stand."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).parents[1]
+BLOCKS = [
+    pytest.param(block, id=f"{page}-{i}")
+    for page in ("README.md", "docs/imaml.md")
+    for i, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
+]
 
 
-def test_the_readme_has_examples() -> None:
-    assert len(BLOCKS) >= 4
+def test_the_pages_have_examples() -> None:
+    assert len(BLOCKS) >= 5
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+@pytest.mark.parametrize("block", BLOCKS)
 def test_example_runs(block: str) -> None:
-    exec(compile(block, str(README), "exec"), {})
+    exec(compile(block, "example", "exec"), {})
