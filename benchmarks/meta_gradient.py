@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -16,6 +14,7 @@ from torch import nn
 import implicitdiff as idf
 from imaml import IMAML
 from imaml.models import ConvNet
+from imaml.reproduce.measure import peak_memory
 from imaml.tasks import Task
 from implicitdiff.inner_solvers import GradientDescent
 
@@ -48,16 +47,6 @@ def seconds(chunk: int | None, batch: Task) -> float:
     return time.perf_counter() - start
 
 
-def peak(function: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator had handed out at one time, above what there was before."""
-    function()  # what is set up once is not counted
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(alive)
-
-
 def compare_chunks() -> None:
     batch = tasks(TASKS, ways=5, shots=1)
     chunks = (1, 4, None)
@@ -69,7 +58,7 @@ def compare_chunks() -> None:
                 times[chunk].append(took)
     base = statistics.median(times[1])
     for chunk in chunks:
-        memory = peak(lambda chunk=chunk: learner(task_chunk=chunk).meta_loss(batch).backward())
+        memory = peak_memory(lambda chunk=chunk: learner(task_chunk=chunk).meta_loss(batch).backward())
         label = "all tasks together" if chunk is None else "one by one" if chunk == 1 else f"task_chunk={chunk}"
         took = statistics.median(times[chunk])
         print(
@@ -87,10 +76,10 @@ def compare_memory(ways: int, shots: int) -> None:
         gradients = torch.autograd.grad(loss(model(inputs), targets), parameters, create_graph=True)
         torch.autograd.grad(gradients, parameters, gradients, retain_graph=True)
 
-    gradient = peak(lambda: torch.autograd.grad(loss(model(inputs), targets), parameters))
-    peaks = {steps: peak(lambda steps=steps: learner(steps, ways).meta_loss(task).backward()) for steps in (1, 64)}
+    gradient = peak_memory(lambda: torch.autograd.grad(loss(model(inputs), targets), parameters))
+    peaks = {n: peak_memory(lambda n=n: learner(n, ways).meta_loss(task).backward()) for n in (1, 64)}
     print(f"\n{ways}-way {shots}-shot, one task: peak memory over that of one gradient of the inner loss")
-    print(f"one Hessian-vector product by hand: {peak(product) / gradient:5.2f}")
+    print(f"one Hessian-vector product by hand: {peak_memory(product) / gradient:5.2f}")
     for steps, value in peaks.items():
         print(f"meta-gradient, {steps:3} inner steps:   {value / gradient:5.2f}")
     print(f"64 inner steps over 1: {peaks[64] / peaks[1]:.3f}", flush=True)
