@@ -20,8 +20,8 @@ import typer
 from torch import nn
 
 from imaml import presets, training
+from imaml.config import Algorithm, Config, InnerSolver, Share, Tasks
 from imaml.files import write_atomically
-from imaml.presets import Algorithm, Config, InnerSolver, Share, Tasks
 from imaml.tasks import Omniglot, Task
 
 VALIDATION_TASKS, VALIDATION_SEED = 100, 1

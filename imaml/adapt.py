@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .checkpoint import CheckpointError, load
+from .config import IMAGES, Config
 from .files import write_atomically
 from .learners import Learner
-from .presets import IMAGES, Config, build_learner, build_preparation
+from .presets import build_learner, build_preparation
 from .tasks.picture_files import ENDINGS, Files, Picture
 
 

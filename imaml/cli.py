@@ -20,21 +20,9 @@ from . import distributed, plots, training
 from .adapt import Adapted, Prediction, confusion, write_predictions
 from .adapt import adapt as adapt_to
 from .checkpoint import CheckpointError, fit, load
+from .config import Algorithm, Config, InnerSolver, LinearSolver, Outer, Share, Tasks, option
 from .learners import Learner
-from .presets import (
-    Algorithm,
-    Config,
-    InnerSolver,
-    LinearSolver,
-    Outer,
-    Share,
-    Tasks,
-    build_learner,
-    build_optimizer,
-    build_schedule,
-    build_source,
-    option,
-)
+from .presets import build_learner, build_optimizer, build_schedule, build_source
 from .reproduce.omniglot import Setting
 from .tasks import TaskSource, omniglot
 from .tasks.image_classes import ImageClasses

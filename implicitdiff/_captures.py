@@ -36,12 +36,14 @@ def is_transformed(tensor: Tensor) -> bool:
 
 def is_differentiated(tensor: Tensor) -> bool:
     """Whether a derivative of any kind is taken in the tensor, below whatever vmaps."""
-    while True:
-        if tensor.requires_grad or is_dual(tensor):
-            return True
-        if not is_transformed(tensor):
-            return False
-        tensor = _functorch.get_unwrapped(tensor)
+    while not tensor.requires_grad:
+        if is_transformed(tensor):
+            if not _functorch.is_batchedtensor(tensor) and is_dual(tensor):  # a batched one cannot be asked
+                return True
+            tensor = _functorch.get_unwrapped(tensor)
+        else:
+            return is_dual(tensor)
+    return True
 
 
 def plain_value(tensor: Tensor) -> Tensor:

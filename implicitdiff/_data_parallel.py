@@ -36,7 +36,7 @@ from torch.overrides import handle_torch_function
 from torch.utils import _pytree as pytree
 
 from ._autograd import solution_of
-from ._captures import Capture, is_dual, is_transformed, plain_value
+from ._captures import Capture, is_differentiated, is_transformed, plain_value
 from ._problem import ConditionProblem
 from ._tree import is_differentiable
 from .conditions import Condition
@@ -325,17 +325,8 @@ def summed_condition(condition: Condition, ranks: Ranks | None) -> Condition:
 
 
 def _is_followed(leaf: Any) -> bool:
-    """Whether it is a tensor that a derivative of any kind is taken in, below whatever vmaps."""
-    if not is_differentiable(leaf):
-        return False
-    while not leaf.requires_grad:
-        is_batched = is_transformed(leaf) and _functorch.is_batchedtensor(leaf)
-        if not is_batched and is_dual(leaf):  # a batched tensor cannot be asked
-            return True
-        if not is_transformed(leaf):
-            return False
-        leaf = _functorch.get_unwrapped(leaf)
-    return True
+    """Whether it is a tensor that a derivative of any kind is taken in."""
+    return is_differentiable(leaf) and is_differentiated(leaf)
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -58,7 +58,7 @@ class Processes:
 
     def start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", __name__])
+        context.set_forkserver_preload(["torch._dynamo", __name__])  # with what torch imports late
         meeting = tempfile.mktemp()
         self.processes = []
         for rank in range(self.count):

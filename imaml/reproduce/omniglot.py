@@ -19,9 +19,10 @@ import torch
 from rich.console import Console
 
 from .. import checkpoint, training
+from ..config import Algorithm, Config, InnerSolver, Tasks
 from ..files import write_atomically
 from ..learners import Learner
-from ..presets import Algorithm, Config, InnerSolver, Tasks, build_learner, build_optimizer, build_source
+from ..presets import build_learner, build_optimizer, build_source
 from ..tasks import Omniglot
 
 TEST_SEED = 2_000_003

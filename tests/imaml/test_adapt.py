@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from imaml import checkpoint
 from imaml.adapt import Prediction, adapt, confusion, write_predictions
 from imaml.checkpoint import CheckpointError
-from imaml.presets import Algorithm, Config, Share, Tasks, build_learner
+from imaml.config import Algorithm, Config, Share, Tasks
+from imaml.presets import build_learner
 from imaml.tasks import Omniglot
 
 from .test_tasks import make_omniglot

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from imaml import checkpoint
 from imaml.cli import app
-from imaml.presets import Config, InnerSolver, LinearSolver, Outer
+from imaml.config import Config, InnerSolver, LinearSolver, Outer
 from imaml.reproduce import ClaimError
+from imaml.reproduce.omniglot import Setting
 
 from .test_adapt import KINDS, draw, folder_of, make_run
 from .test_runs import run
@@ -157,11 +158,12 @@ def test_reproduce_hands_its_options_on(tmp_path: Path, name: str, monkeypatch: 
     module = ModuleType(f"imaml.reproduce.{name}")
     module.run = lambda out, **settings: given.append((out, settings))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    more = ["--data", "there", "--minutes", 3] if name == "omniglot" else []
+    more = ["--data", "there", "--minutes", 3, "--setting", "5w5s"] if name == "omniglot" else []
     run("reproduce", name, "--quick", "--out", tmp_path, *more)
     expected: dict[str, object] = {"quick": True}
     if more:
-        expected |= {"data": Path("there"), "minutes": 3.0}
+        expected |= {"data": Path("there"), "minutes": 3.0, "settings": [Setting.five_way_5], "seeds": 1}
+        expected |= {"table_file": None}
     assert given == [(tmp_path, expected)]
 
 

@@ -11,16 +11,10 @@ from torch import nn
 
 import implicitdiff as idf
 from imaml.checkpoint import CheckpointError
+from imaml.config import Algorithm, Config, InnerSolver, LinearSolver, Outer, Share, Tasks
 from imaml.learners import IMAML, MAML, Reptile
 from imaml.models import ConvNet
 from imaml.presets import (
-    Algorithm,
-    Config,
-    InnerSolver,
-    LinearSolver,
-    Outer,
-    Share,
-    Tasks,
     build_inner_solver,
     build_learner,
     build_linear_solver,
