@@ -24,8 +24,9 @@ demo: install
 	$(BIN)/imaml evaluate runs/demo
 	$(BIN)/imaml plot runs/demo
 
+# One process for each core, of one thread each: most of the time goes to small tensors, which threads do not speed up.
 test: lint types
-	$(BIN)/pytest --quiet
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses auto
 
 test-slow: install
 	$(BIN)/pytest --quiet -m slow
