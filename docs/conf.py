@@ -20,7 +20,7 @@ nb_execution_timeout = 300
 
 html_theme = "furo"
 html_title = "implicitdiff"
-exclude_patterns = ["_build", "jupyter_execute"]
+exclude_patterns = ["_build", "jupyter_execute", "tables"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"

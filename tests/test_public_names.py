@@ -40,7 +40,7 @@ def test_the_root_exports_exactly_these() -> None:
 
 def public_objects() -> list[tuple[str, Any]]:
     found = [(f"idf.{n}", getattr(idf, n)) for n in idf.__all__]
-    found += [(f"inner_solvers.{n}", getattr(idf.inner_solvers, n)) for n in INNER_SOLVERS]
+    found += [(f"inner_solvers.{n}", getattr(idf.inner_solvers, n)) for n in sorted(INNER_SOLVERS)]
     found += [(f"operators.{n}", getattr(idf.operators, n)) for n in ("DenseOperator", "FunctionOperator")]
     found += [("preconditioners.Jacobi", idf.preconditioners.Jacobi)]
     for module in (idf.conditions, idf.projections, idf.prox):
