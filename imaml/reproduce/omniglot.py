@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from statistics import fmean
@@ -129,8 +129,9 @@ def run(
 
 
 def finish(folder: Path, config: Config, *, steps: int | None, minutes: float | None) -> bool:
-    """Train and test one cell, from wherever it is; whether it came to its end."""
-    if (folder / "result.json").exists():
+    """Train and test one cell, from wherever it is; whether it came to its end. More ``minutes`` than before go on."""
+    result = folder / "result.json"
+    if result.exists() and (minutes is None or json.loads(result.read_text())["minutes"] >= minutes):
         return True
     begun = (folder / checkpoint.NAME).exists()
     if begun and Config.read(folder) != config:
@@ -139,6 +140,8 @@ def finish(folder: Path, config: Config, *, steps: int | None, minutes: float | 
     config.write(folder)
     torch.manual_seed(config.seed)
     source, learner = build_source(config), build_learner(config)
+    if torch.cuda.is_available():
+        learner.cuda()
     done = training.train(
         learner,
         source,
@@ -154,13 +157,8 @@ def finish(folder: Path, config: Config, *, steps: int | None, minutes: float | 
     if done != steps and (minutes is None or seconds < 60 * minutes):  # by Ctrl-C
         return False
     number = TEST_TASKS if minutes is not None else QUICK_TEST_TASKS
-    result = {
-        "steps": done,
-        "minutes": seconds / 60,
-        "upright": accuracy(learner, source, number),
-        "turned": accuracy(learner, source.turned(), number),
-    }
-    write_atomically(folder / "result.json", json.dumps(result).encode())
+    reached = Result(done, seconds / 60, accuracy(learner, source, number), accuracy(learner, source.turned(), number))
+    write_atomically(result, json.dumps(asdict(reached)).encode())
     return True
 
 
