@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,11 +20,25 @@ def peak_memory(function: Callable[[], object]) -> int:
     4000
     """
     function()  # what is set up once is not counted
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    # What earlier calls have left to the collector, freed in this one, would be taken off its peak.
+    with _no_garbage_collection(), profiler as profile:
         function()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
     return max(alive, default=0)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def flops(function: Callable[[], object]) -> int:

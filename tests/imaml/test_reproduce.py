@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,19 @@ def test_the_peak_counts_what_is_alive_at_one_time() -> None:
         del keep
 
     assert peak_memory(use) == 5 * 4000
+
+
+def test_the_peak_is_not_lowered_by_what_is_collected_meanwhile() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself, self.tensor = self, torch.zeros(3000)
+
+    def use() -> None:
+        gc.collect()
+        torch.zeros(1000)
+
+    left = [peak_memory(Cycle)]  # one more of them is garbage after the call, allocated while the profiler looked on
+    assert [peak_memory(use), *left] == [4000, 12000]
 
 
 def test_the_interval_of_a_slope() -> None:
