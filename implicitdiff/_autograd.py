@@ -20,6 +20,7 @@ from torch._C import _functorch
 from torch.overrides import handle_torch_function
 
 from ._captures import transform_level
+from ._timing import timed
 from ._tree import is_differentiable
 from .errors import ImplicitDiffError
 
@@ -78,6 +79,7 @@ class Implicit(torch.autograd.Function):
         ctx.save_for_forward(output, *tensors)
 
     @staticmethod
+    @timed("derivative")
     def backward(ctx: Any, g: Tensor) -> Any:
         # The pullback of torch.func.vjp may be called when its level has ended: what it wrapped is then dead.
         x, *inputs = map(_functorch.unwrap_if_dead, ctx.saved_tensors)
@@ -94,6 +96,7 @@ class Implicit(torch.autograd.Function):
         return None, None, *_replaced([None] * len(inputs), wanted, [-c for c in cotangents])
 
     @staticmethod
+    @timed("derivative")
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         # Forward AD is off inside this rule, and dual levels do not nest: without both lines jacfwd∘jacfwd is wrong.
         with forward_ad._set_fwd_grad_enabled(True):
@@ -123,6 +126,7 @@ def _batched_apply(
     return solution_of(batched, x0, *moved)
 
 
+@timed("args product")
 def _pull(function: Any, inputs: Sequence[Tensor], wanted: Sequence[int], u: Tensor) -> Sequence[Tensor]:
     """Bᵀ u for the wanted inputs."""
     if not wanted:
@@ -130,6 +134,7 @@ def _pull(function: Any, inputs: Sequence[Tensor], wanted: Sequence[int], u: Ten
     return torch.func.vjp(function, *(inputs[i] for i in wanted))[1](u)
 
 
+@timed("args product")
 def _push(function: Any, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
     """B θ̇ as the derivative of the linear map u ↦ Bᵀ u, so by reverse mode alone: forward mode cannot nest here."""
     out, pullback = torch.func.vjp(function, *primals)[:2]

@@ -60,7 +60,7 @@ class Equations:
             raise ImplicitDiffError(
                 f"the objective returned {given}, but it must return a scalar tensor: sum or average."
             )
-        return value.reshape(())
+        return value if value.ndim == 0 else value.reshape(())
 
     def mapped(self, function: Callable[..., Any], numbers: int = 0) -> Callable[..., Tensor]:
         """A function of the user's, ``(x, *numbers, *args, **kwargs) -> a tree like x``, as one of vectors."""

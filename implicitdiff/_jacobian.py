@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._timing import timed
 from .operators import LinearOperator, Structure
+
+_run_backward = torch.autograd.Variable._execution_engine.run_backward
 
 TALL = 4
 """With so many times more rows than columns, columns cost less than rows, although they need one graph more."""
@@ -20,7 +24,19 @@ class JacobianOperator(LinearOperator):
     For code on plain tensors only: it calls ``torch.autograd.grad``, which torch.func's transforms do not follow.
     """
 
-    def __init__(self, residual: Callable[[Tensor], Tensor], x: Tensor, structure: Structure) -> None:
+    @timed("building A")
+    def __init__(
+        self,
+        residual: Callable[[Tensor], Tensor],
+        x: Tensor,
+        structure: Structure,
+        matrices: Callable[[Tensor], Tensor] | None = None,
+        without_graph: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """``matrices``: the dense Jacobians (*batch, m, n) at x, where there is a shorter way than by products.
+        ``without_graph``: the same residual of constants; by default it is the residual.
+        """
+        self._matrices, self._without_graph = matrices, without_graph or residual
         with torch.enable_grad():
             self._x = x.detach().requires_grad_()
             self._residual = residual(self._x)
@@ -32,9 +48,11 @@ class JacobianOperator(LinearOperator):
         """F(x), of shape (*batch, n)."""
         return self._residual.detach()
 
+    @timed("products")
     def rmatvec(self, v: Tensor) -> Tensor:
         return self._grad(self._residual, self._x, v)
 
+    @timed("products")
     def matvec(self, v: Tensor) -> Tensor:
         if self.is_symmetric:
             return self.rmatvec(v)
@@ -46,27 +64,38 @@ class JacobianOperator(LinearOperator):
         """The linear map u ↦ Aᵀ u as a graph of its own, whose derivative is A (double reverse mode)."""
         with torch.enable_grad():
             cotangent = torch.zeros_like(self._residual, requires_grad=True)
-            return cotangent, self._grad(self._residual, self._x, cotangent, create_graph=True)
+            if not self._residual.requires_grad:
+                return cotangent, torch.zeros_like(self._x)
+            (pulled,) = torch.autograd.grad(
+                self._residual, self._x, cotangent, retain_graph=True, create_graph=True, materialize_grads=True
+            )
+            return cotangent, pulled
 
     @staticmethod
-    def _grad(out: Tensor, of: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
+    def _grad(out: Tensor, of: Tensor, v: Tensor) -> Tensor:
         if not out.requires_grad:  # F does not depend on x there
             return torch.zeros_like(of)
-        (product,) = torch.autograd.grad(
-            out, of, v, retain_graph=True, create_graph=create_graph, materialize_grads=True
-        )
-        return product
+        # What torch.autograd.grad calls after checks that take a quarter of a small product's time.
+        (product,) = _run_backward((out,), (v,), True, False, (of,), True, accumulate_grad=False)
+        return torch.zeros_like(of) if product is None else product
 
+    @timed("args product")
     def pull_to(self, tensors: list[Tensor], u: Tensor) -> list[Tensor]:
         """(∂F/∂t)ᵀ u for tensors t that the residual was computed from; the last product of this graph."""
         if not tensors or not self._residual.requires_grad:
             return [torch.zeros_like(t) for t in tensors]
         return list(torch.autograd.grad(self._residual, tensors, u, allow_unused=True, materialize_grads=True))
 
+    def traceable(self) -> LinearOperator:
+        return TraceableJacobian(self._without_graph, self._x.detach(), self)
+
+    @timed("matrix of A")
     def to_dense(self) -> Tensor:
         m, n = self.shape
         if 0 in self.shape:
             return torch.zeros(*self.batch_shape, m, n, dtype=self.dtype, device=self.device)
+        if self.batch_shape and self._matrices is not None:
+            return self._matrices(self._x.detach())
         if m > TALL * n:
             _ = self._pullback  # outside of vmap, as it builds a graph
             return torch.func.vmap(self.matvec)(self._basis()).movedim(0, -1)
@@ -79,6 +108,33 @@ class JacobianOperator(LinearOperator):
         return self.to_dense().diagonal(dim1=-2, dim2=-1)
 
 
+class TraceableJacobian(LinearOperator):
+    """The same by torch.func, which torch.compile follows."""
+
+    def __init__(self, residual: Callable[[Tensor], Tensor], x: Tensor, like: LinearOperator) -> None:
+        super().__init__(
+            like.shape, structure=like.structure, batch_shape=like.batch_shape, dtype=like.dtype, device=like.device
+        )
+        self._residual, self._x = residual, x
+        self._pullback: Callable[[Tensor], Any] | None = None
+        self._like: Tensor | None = None
+
+    def opened(self) -> LinearOperator:
+        opened = TraceableJacobian(self._residual, self._x, self)
+        opened._like, opened._pullback = torch.func.vjp(self._residual, self._x)[:2]
+        return opened
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        assert self._pullback is not None
+        return self._pullback(v)[0]
+
+    def matvec(self, v: Tensor) -> Tensor:
+        if self.is_symmetric:
+            return self.rmatvec(v)
+        assert self._like is not None
+        return torch.func.vjp(self.rmatvec, torch.zeros_like(self._like))[1](v)[0]
+
+
 class ChunkedJacobian(LinearOperator):
     """Σ weightᵢ · ∂residualᵢ/∂x, symmetric, the graph of one part at a time: built, used and freed in each product."""
 
@@ -87,18 +143,21 @@ class ChunkedJacobian(LinearOperator):
         super().__init__(n, structure="symmetric", batch_shape=batch_shape, dtype=x.dtype, device=x.device)
         self._parts, self._x = parts, x
 
+    @timed("products")
     def matvec(self, v: Tensor) -> Tensor:
         # By torch.func, which also works inside a vmap over several right-hand sides.
         return self._summed(lambda part: torch.func.vjp(part, self._x)[1](v)[0])
 
     rmatvec = matvec
 
+    @timed("matrix of A")
     def to_dense(self) -> Tensor:
         return self._summed(lambda part: self._at(part).to_dense())
 
     def diagonal(self) -> Tensor:
         return self.to_dense().diagonal(dim1=-2, dim2=-1)
 
+    @timed("args product")
     def pull_to(self, tensors: list[Tensor], u: Tensor) -> list[Tensor]:
         """(∂F/∂t)ᵀ u for tensors t that the residuals are computed from."""
         totals = [torch.zeros_like(t) for t in tensors]

@@ -10,8 +10,18 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-Notes = list[tuple[Tensor, Tensor]]
+Notes = list[tuple[Tensor | float, Tensor | float]]
 """Two numbers per step, each with one entry per system."""
+
+
+def _stacked(notes: Notes) -> tuple[Tensor, Tensor]:
+    """Each of the numbers, of shape (steps, *batch)."""
+    first, second = (torch.stack(list(map(_double, numbers))) for numbers in zip(*notes, strict=True))
+    return first, second
+
+
+def _double(number: Tensor | float) -> Tensor:
+    return number.real.double() if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float64)
 
 
 class Lanczos(ABC):
@@ -37,7 +47,7 @@ class Lanczos(ABC):
             if used and np.isfinite(diagonal).all() and np.isfinite(off_diagonal).all():
                 values = scipy.linalg.eigh_tridiagonal(diagonal, off_diagonal, eigvals_only=True)
                 found[:, i] = values[0], values[-1], np.abs(values).min()
-        low, high, least = torch.as_tensor(found).to(self.notes[0][0]).reshape(3, *self.steps.shape)
+        low, high, least = torch.as_tensor(found).to(self.steps.device).reshape(3, *self.steps.shape)
         return low, high, least
 
 
@@ -45,7 +55,7 @@ class LanczosOfCG(Lanczos):
     """From the step lengths α and the ratios β of CG (Saad 2003, section 6.7.3)."""
 
     def tridiagonal(self) -> tuple[Tensor, Tensor]:
-        alpha, beta = (torch.stack(numbers).real for numbers in zip(*self.notes, strict=True))
+        alpha, beta = _stacked(self.notes)
         before = torch.cat([torch.zeros_like(alpha[:1]), beta[:-1] / alpha[:-1]])
         return 1 / alpha + before, beta.sqrt() / alpha
 
@@ -54,5 +64,4 @@ class LanczosOfMINRES(Lanczos):
     """From the entries themselves, as Paige and Saunders' MINRES computes them."""
 
     def tridiagonal(self) -> tuple[Tensor, Tensor]:
-        diagonal, off_diagonal = (torch.stack(numbers) for numbers in zip(*self.notes, strict=True))
-        return diagonal, off_diagonal
+        return _stacked(self.notes)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import Problem
+from ._timing import timed
 from .info import LinearSolution, SolveInfo, Status, report
 from .operators import LinearOperator, Transpose
 
@@ -83,6 +84,7 @@ def solve_and_report(
     return solution
 
 
+@timed("linear solver")
 def _solution(solver: Any, A: LinearOperator, b: Tensor, x0: Tensor | None) -> LinearSolution:
     """The solution, by way of the support of a forward–backward step where A has one."""
     support = A.origin.support() if A.origin.support is not None and solver.solves_on_support else None
@@ -135,6 +137,15 @@ class _SharedOperator(LinearOperator):
 
     def rmatvec(self, v: Tensor) -> Tensor:
         return _over_shared(self.A.rmatvec, (v,), self.shared)
+
+    def traceable(self) -> LinearOperator:
+        return self._with(self.A.traceable())
+
+    def opened(self) -> LinearOperator:
+        return self._with(self.A.opened())
+
+    def _with(self, A: LinearOperator) -> LinearOperator:
+        return _SharedOperator(A, self.shared, torch.Size((*self.batch_shape, self.shape[0])))
 
     def to_dense(self) -> Tensor:
         return self._spread(self.A.to_dense(), trailing=2)

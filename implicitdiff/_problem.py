@@ -20,6 +20,7 @@ from ._kinks import has_kink
 from ._limited_memory import LimitedMemory
 from ._linear_problem import LinearProblem, solve_and_report
 from ._support import Support, diagonal_of
+from ._timing import timed
 from ._vectors import vector_norm
 from .conditions import FixedPoint, Stationary
 from .conditions.proximal_gradient import ForwardBackward
@@ -45,6 +46,7 @@ class ConditionProblem(Problem):
     inverses: list[LimitedMemory] = field(default_factory=list)
     """What the inner solver found of A⁻¹; the last one counts. Shared by all forms of this problem."""
 
+    @timed("inner solver")
     def solve(self, x0: Tensor | None, *inputs: Tensor) -> Tensor:
         assert x0 is not None
         if self.inner_solver is None:
@@ -128,6 +130,7 @@ class InnerProblem:
     def _part(self, primitive: Callable[..., Tensor], numbers: int = 0) -> Callable[..., Tensor]:
         return self.problem.lifted(primitive, self._substituted, part=True, numbers=numbers)
 
+    @timed("evaluations")
     def objective(self, x: Tensor) -> Tensor:
         """The objective, of shape (*batch,). Raises ImplicitDiffError for a problem that has none."""
         self._need_objective("objective")
@@ -137,19 +140,21 @@ class InnerProblem:
         """The gradient of the objective, of shape (*batch, n). Raises ImplicitDiffError where there is none."""
         return self.value_and_gradient(x)[1]
 
+    @timed("evaluations")
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient from one evaluation."""
         self._need_objective("gradient")
-        if (self._differentiable and torch.is_grad_enabled()) or transform_level():
+        if torch.compiler.is_compiling() or (self._differentiable and torch.is_grad_enabled()) or transform_level():
             return self._graph_gradient(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             value = self._objective(x, *self.inputs)
             if not value.requires_grad:
                 return value, torch.zeros_like(x)
-            (gradient,) = torch.autograd.grad(value.sum(), x, materialize_grads=True)
+            (gradient,) = torch.autograd.grad(value, x, torch.ones_like(value), materialize_grads=True)
         return value.detach(), gradient
 
+    @timed("evaluations")
     def residual(self, x: Tensor) -> Tensor:
         """F(x), of shape (*batch, n): the gradient, for an objective."""
         return self.gradient(x) if self._is_stationarity else self._function(x, *self.inputs)
@@ -165,7 +170,10 @@ class InnerProblem:
             chunked = ChunkedJacobian(self._slices(x, *self._condition.chunks), x)
             chunked.origin = origin
             return chunked
-        operator = JacobianOperator(self.graph_residual, x, check_structure(self._condition.structure))
+        structure = check_structure(self._condition.structure)
+        operator = JacobianOperator(
+            self.graph_residual, x, structure, self._matrices, lambda x: self.of_constants().graph_residual(x)
+        )
         operator.origin = origin
         if isinstance(self._condition, ForwardBackward):
             forward = functools.lru_cache(1)(lambda: self._forward_step(x))
@@ -175,6 +183,32 @@ class InnerProblem:
         elif not getattr(self._condition, "smooth", True):
             origin.kinks = lambda: has_kink(self._general_jacobian, x, vector_norm(operator.value))
         return operator
+
+    tallies = None
+    """What a compiled part of a solve has counted: nothing."""
+
+    def opened(self) -> InnerProblem:
+        """The problem for a few compiled steps: nothing is shared by its evaluations."""
+        return self
+
+    def of_constants(self) -> InnerProblem:
+        """The same problem with inputs that nothing follows."""
+        inputs = [t.detach() for t in self.inputs]
+        return InnerProblem(self.problem, inputs, substituted=self._substituted)
+
+    def _matrices(self, x: Tensor) -> Tensor:
+        """∂F/∂x of each system. The rows are vmapped inside the systems: the other way round, torch copies for each row
+        what the systems do not share."""
+        equations, stationary = self.problem.equations, self._is_stationarity
+
+        def of_one_system(x: Tensor, *tensors: Tensor) -> Tensor:
+            def residual(x: Tensor) -> Tensor:
+                return equations.primitive(x, *tensors)
+
+            out, pullback = torch.func.vjp(torch.func.grad(residual) if stationary else residual, x)[:2]
+            return torch.func.vmap(pullback)(torch.eye(len(out), dtype=out.dtype, device=out.device))[0]
+
+        return self._part(of_one_system)(x, *(t.detach() for t in self.inputs)).conj().resolve_conj()
 
     def _slices(self, x: Tensor, argument: int | str, dim: int, k: int) -> list[tuple[float, Callable[..., Tensor]]]:
         """Weights and gradients whose sum is the gradient, each on a slice of the data."""
@@ -235,6 +269,7 @@ class InnerProblem:
         problem = replace(self.problem, levels=())
         return InnerProblem(problem, inputs, differentiable=self._differentiable, substituted=self._substituted)
 
+    @timed("evaluations")
     def apply(self, function: Callable[..., Any], x: Tensor, *numbers: float | Tensor) -> Tensor:
         """What a function of the user's, ``(x, *numbers, *args, **kwargs) -> a tree like x``, gives for each system.
 
@@ -244,6 +279,7 @@ class InnerProblem:
         values = (n if isinstance(n, Tensor) else x.new_full(x.shape[:-1], n) for n in numbers)
         return lifted(x, *values, *self.inputs)
 
+    @timed("evaluations")
     def least_squares_residual(self, x: Tensor) -> Tensor:
         """r of an objective ½‖r(x)‖², of shape (*batch, m). Raises ImplicitDiffError for another objective."""
         self._need_least_squares()
@@ -295,7 +331,7 @@ class InnerProblem:
 
 
 def _graph_gradient(objective: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    if transform_level():
+    if torch.compiler.is_compiling() or transform_level():
         gradient, value = torch.func.grad(lambda x: _sum_and_value(objective(x)), has_aux=True)(x)
         return value, gradient
     if not x.requires_grad:
@@ -303,7 +339,7 @@ def _graph_gradient(objective: Callable[[Tensor], Tensor], x: Tensor) -> tuple[T
     value = objective(x)
     if not value.requires_grad:
         return value, torch.zeros_like(x)
-    (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True, materialize_grads=True)
+    (gradient,) = torch.autograd.grad(value, x, torch.ones_like(value), create_graph=True, materialize_grads=True)
     return value, gradient
 
 

@@ -6,6 +6,7 @@ Everything below the layers (operators, linear solvers, inner solvers) sees plai
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,8 @@ class Vectorizer:
 
     def ravel(self, tree: Any, what: str) -> Tensor:
         """The tree as a vector (n,); raises where its structure or shapes are not this vectorizer's."""
+        if isinstance(tree, Tensor) and self.spec.is_leaf() and (tree.shape,) == self.shapes:
+            return _reshaped(tree, torch.Size((tree.numel(),))).to(self.dtype)
         found, spec = pytree.tree_flatten(tree)
         if spec != self.spec:
             raise ImplicitDiffError(f"{what} must be a tree like init, {self.spec}, but it is {spec}.")
@@ -95,6 +98,8 @@ class Vectorizer:
 
     def unravel(self, vector: Tensor) -> Any:
         """The vector (n,) as a tree."""
+        if self.spec.is_leaf():
+            return _reshaped(vector, self.shapes[0]).to(self.dtypes[0])
         if len(self.shapes) == 1:
             leaves = [vector.reshape(self.shapes[0]).to(self.dtypes[0])]
         else:
@@ -109,6 +114,11 @@ class Vectorizer:
         return pytree.tree_unflatten(whole, self.spec)
 
 
+def _reshaped(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The tensor in a shape, without a node in the graph where it has it: every product would go through that node."""
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
+
+
 def _shapes(shapes: Sequence[torch.Size]) -> str:
     return ", ".join(str(tuple(shape)) for shape in shapes)
 
@@ -121,6 +131,8 @@ class Arguments:
     _leaves: tuple[Any, ...]
     _positions: tuple[int, ...]
     _spec: pytree.TreeSpec
+    _are_flat: bool
+    """Whether the leaves are the args: then there is nothing to unflatten in each evaluation."""
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -134,13 +146,16 @@ class Arguments:
         positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
         tensors = tuple(leaves[i] for i in positions)
         rest = tuple(None if i in set(positions) else leaf for i, leaf in enumerate(leaves))
-        return cls(tensors, rest, positions, spec)
+        are_flat = not kwargs and len(leaves) == len(args) and all(map(operator.is_, leaves, args))
+        return cls(tensors, rest, positions, spec, are_flat)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """args and kwargs with other tensors in the places of these."""
         leaves = list(self._leaves)
         for position, tensor in zip(self._positions, tensors, strict=True):
             leaves[position] = tensor
+        if self._are_flat:
+            return tuple(leaves), {}
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         return args, kwargs
 

@@ -8,11 +8,23 @@ from torch import Tensor
 
 def scaled_norm(v: Tensor) -> Tensor:
     """The norm where squares may under- or overflow: 1e-30 in float32."""
-    if v.shape[-1] == 0:
-        return vector_norm(v)
-    largest = v.abs().amax(-1)
-    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1)
+    norm = vector_norm(v)
+    if v.shape[-1] == 0 or (norm.ndim == 0 and norm.device.type == "cpu" and _is_safe(float(norm), norm.dtype)):
+        return norm
+    size = largest(v)
+    scale = torch.where((size > 0) & size.isfinite(), size, 1)
     return scale * vector_norm(v / scale.unsqueeze(-1))
+
+
+def _is_safe(norm: float, dtype: torch.dtype) -> bool:
+    """Whether the squares of a vector of this norm stay in range, but for parts that do not count."""
+    info = torch.finfo(dtype)
+    return info.tiny**0.5 / info.eps < norm < info.max**0.5
+
+
+def largest(v: Tensor) -> Tensor:
+    """The largest modulus of an entry, in one pass; 0 for an empty vector."""
+    return torch.linalg.vector_norm(v, ord=torch.inf if v.shape[-1] else 2, dim=-1)
 
 
 def vector_norm(v: Tensor) -> Tensor:

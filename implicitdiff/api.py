@@ -20,6 +20,7 @@ from ._captures import dual_level_is_open, find_captures, plain_value, transform
 from ._data_parallel import DataParallelProblem, Ranks
 from ._equations import Equations
 from ._problem import ConditionProblem, InnerProblem
+from ._timing import timed
 from .conditions import Condition
 from .errors import ImplicitDiffError
 from .info import FailurePolicy, Solution, SolveInfo
@@ -108,6 +109,8 @@ def refuse_tracing() -> None:
         )
 
 
+@torch.compiler.disable  # a solver branches on values: inside a user's torch.compile it runs as it is
+@timed("layer")
 def solve_condition(
     condition: Condition,
     inner_solver: Any,
@@ -170,6 +173,7 @@ def _plain_solution(problem: ConditionProblem, x0: Tensor, tensors: Sequence[Ten
         return problem.solve(*plain)
 
 
+@timed("captured tensors")
 def _with_captures(
     problem: ConditionProblem, x: Tensor, known: dict[int, Tensor]
 ) -> tuple[ConditionProblem, dict[int, Tensor]]:

@@ -186,7 +186,8 @@ class RecordedSolve:
         return getattr(self.info, name)
 
 
-_histories: list[list[RecordedSolve]] = []
+_histories: list[Any] = []
+"""What takes the reports: lists, and whatever else has ``append``."""
 
 
 @contextmanager
@@ -221,10 +222,10 @@ def report(kind: str, info: SolveInfo, policy: FailurePolicy) -> None:
     message = _failure_message(kind, info)
     if policy == "raise":
         raise ConvergenceError(message)
-    warnings.warn(message, ConvergenceWarning, stacklevel=_level_of_the_caller())
+    warnings.warn(message, ConvergenceWarning, stacklevel=level_of_the_caller())
 
 
-def _level_of_the_caller() -> int:
+def level_of_the_caller() -> int:
     """The ``stacklevel`` at which a warning names the user's own line: above this package and above torch."""
     inside = tuple(str(Path(module.__file__).parent) for module in (torch, sys.modules[__package__]))  # type: ignore
     level, frame = 1, sys._getframe(1)

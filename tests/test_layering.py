@@ -10,13 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    ("_lanczos", "_norms", "_parameters", "_vectors", "errors"),
+    ("_lanczos", "_norms", "_parameters", "_timing", "_vectors", "errors"),
     ("_cone_projections", "_exponential_cone", "_limited_memory"),
     ("cones",),
     ("_tree", "info"),
     ("_captures",),
     ("_autograd", "_iteration", "_marginals", "operators.base"),
-    ("_recomputation", "layers._interior_point"),
+    ("_compiled", "_recomputation", "layers._interior_point"),
     ("operators.block_diagonal", "operators.diagonal", "operators.low_rank", "operators.sparse"),
     ("operators",),
     ("_chunks", "_jacobian", "_kinks", "_support", "conditions.base", "preconditioners"),
@@ -90,6 +90,8 @@ ROWS = (
     ("projections.balls",),
     ("projections",),
     ("prox",),
+    ("profile",),
+    ("profile.__main__",),
     ("",),
 )
 """The files of implicitdiff from the bottom to the top; files of one row do not import each other."""

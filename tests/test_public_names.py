@@ -21,7 +21,7 @@ ROOT_NAMES = {
     *("DEQ", "LeastSquaresLayer", "QPLayer", "SinkhornLayer", "SemidualNewton"),
     *("bilevel", "cones", "projections", "prox"),
     *("ConvergenceError", "ConvergenceWarning", "ImplicitDiffError"),
-    *("conditions", "inner_solvers", "linear_solvers", "operators", "preconditioners", "testing"),
+    *("conditions", "inner_solvers", "linear_solvers", "operators", "preconditioners", "profile", "testing"),
 }
 INNER_SOLVERS = {
     *("GradientDescent", "LBFGS", "NewtonCG", "Newton", "FixedPointIteration", "Anderson"),

@@ -40,8 +40,12 @@ class Anderson(InnerSolver):
         tol: float | None = None,
         max_iterations: int = 500,
         on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
-        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+        super().__init__(
+            tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
+        )
         check_max_iterations(history)
         self.history = history
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._iteration import iterate
+from .._compiled import STEPS, CompiledSteps, compiled_steps
+from .._iteration import Ended, Marched, check_interval, every, iterate, march
 from .._jacobian import JacobianOperator
 from .._limited_memory import LimitedMemory
 from .._vectors import vector_norm
@@ -19,6 +20,9 @@ from ..errors import ImplicitDiffError
 from ..info import FailurePolicy, SolveInfo, Status
 from ..linear_solvers.base import check_max_iterations, check_not_negative, check_policy
 from ..operators import LinearOperator
+
+DECIDES = "its steps decide by values, as in a search for a step length, where a compiled step cannot branch"
+"""Why most methods are not compiled."""
 
 AT_X = ("value", "gradient", "residual", "residual_norm")
 """The fields of a state that are functions of x (:meth:`InnerSolver.cut`)."""
@@ -74,7 +78,9 @@ class InnerSolver(ABC):
     * ``tol``: converged means ‖F(x)‖₂ ≤ tol, per system. None means √ε · max(1, ‖F(x₀)‖₂), ε the rounding unit of the
       dtype: 1.5e-8 for float64 and 3.5e-4 for float32;
     * ``max_iterations``: per system;
-    * ``on_failure``: "warn" (default), "raise" or "ignore" when a system was not solved.
+    * ``on_failure``: "warn" (default), "raise" or "ignore" when a system was not solved;
+    * ``compile``, ``check_every``: as in :class:`~implicitdiff.IterativeLinearSolver`, for methods whose steps search
+      for nothing. An unrolled layer runs the steps as they are.
 
     A fixed number of steps is ``max_iterations=16, tol=0.0, on_failure="ignore"``.
 
@@ -83,13 +89,23 @@ class InnerSolver(ABC):
     """
 
     def __init__(
-        self, *, tol: float | None = None, max_iterations: int = 1000, on_failure: FailurePolicy = "warn"
+        self,
+        *,
+        tol: float | None = None,
+        max_iterations: int = 1000,
+        on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
         if tol is not None:
             check_not_negative(tol=tol)
         if check_max_iterations(max_iterations) is None:
             raise ValueError("max_iterations is None, but it must be a whole number of at least 1.")
         self.tol, self.max_iterations, self.on_failure = tol, max_iterations, check_policy(on_failure)
+        self.compile, self.check_every = compile, check_interval(check_every)
+
+    uncompilable: str | None = None
+    """Why torch.compile cannot serve the method, where that is known."""
 
     @abstractmethod
     def start(self, problem: InnerProblem, x0: Tensor) -> Any:
@@ -109,7 +125,11 @@ class InnerSolver(ABC):
 
     def solve(self, problem: InnerProblem, x0: Tensor) -> tuple[Tensor, SolveInfo]:
         """The solution from x0 and its report, without acting on a failure."""
-        ended = self.run(problem, x0, lambda state: self.step(problem, state))
+        compiled = compiled_steps(self) if self.compile else None
+        if compiled is None:
+            ended = self.run(problem, x0, lambda state: self.step(problem, state))
+        else:
+            ended = self._run_compiled(compiled, problem, x0)
         self.leave(problem, ended.state)
         status, x = ended.status, ended.state.x
         norm = ended.state.residual_norm.detach()
@@ -118,7 +138,18 @@ class InnerSolver(ABC):
     def run(self, problem: InnerProblem, x0: Tensor, step: Callable[[Any], Any]) -> Any:
         """The loop from x0 with a given form of the step."""
         state = self.start(problem, x0)
-        return iterate(step, state, self._threshold(state.residual_norm.detach()), self.max_iterations)
+        threshold = self._threshold(state.residual_norm.detach())
+        return iterate(step, state, threshold, self.max_iterations, self.check_every or every(x0.device))
+
+    def _run_compiled(self, compiled: CompiledSteps, problem: InnerProblem, x0: Tensor) -> Ended:
+        state = self.start(problem, x0)
+        threshold = self._threshold(state.residual_norm)
+        limit = torch.full_like(threshold, self.max_iterations, dtype=torch.int64)
+
+        def steps(state: Any, iterations: Tensor, active: Tensor, left: int) -> Marched:
+            return compiled(self, problem, state, iterations, active, threshold, limit)[0]
+
+        return march(steps, state, threshold, self.max_iterations, STEPS)
 
     def cut(self, problem: InnerProblem, state: Any) -> Any:
         """The state as a constant, but for what it holds of the problem at x: where a truncated unrolling begins."""

@@ -24,7 +24,7 @@ from ._step_search import (
     unit_step,
     within_curvature,
 )
-from .base import InnerProblem, InnerSolver
+from .base import DECIDES, InnerProblem, InnerSolver
 
 
 class BlockCoordinateDescentState(NamedTuple):
@@ -68,6 +68,8 @@ class BlockCoordinateDescent(InnerSolver):
     [[2.0, -2.0], [1.0, 0.0]]
     """
 
+    uncompilable = DECIDES
+
     def __init__(
         self,
         proxes: Tree,
@@ -76,8 +78,12 @@ class BlockCoordinateDescent(InnerSolver):
         tol: float | None = None,
         max_iterations: int = 2000,
         on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
-        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+        super().__init__(
+            tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
+        )
         self.proxes, self.stepsizes = proxes, stepsizes
         self._proxes, self._spec = pytree.tree_flatten(proxes)
         self.condition(torch.sum)  # raises where they do not fit

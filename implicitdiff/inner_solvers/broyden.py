@@ -11,7 +11,7 @@ from .._iteration import any_of
 from .._vectors import appended, inner, quotient, vector_norm
 from ..info import RUNNING, FailurePolicy, Status
 from ..linear_solvers.base import check_max_iterations
-from .base import InnerProblem, InnerSolver
+from .base import DECIDES, InnerProblem, InnerSolver
 
 REMEMBERED = 10
 """Residual norms that a step may climb back to."""
@@ -79,6 +79,8 @@ class Broyden(InnerSolver):
     tensor([2., 3.])
     """
 
+    uncompilable = DECIDES
+
     def __init__(
         self,
         history: int = 20,
@@ -86,8 +88,12 @@ class Broyden(InnerSolver):
         tol: float | None = None,
         max_iterations: int = 500,
         on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
-        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+        super().__init__(
+            tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
+        )
         if check_max_iterations(history) is None:
             raise ValueError("history is None, but it must be a whole number of at least 1.")
         self.history = history

@@ -27,9 +27,17 @@ class FixedPointIteration(InnerSolver):
     """
 
     def __init__(
-        self, *, tol: float | None = None, max_iterations: int = 1000, on_failure: FailurePolicy = "warn"
+        self,
+        *,
+        tol: float | None = None,
+        max_iterations: int = 1000,
+        on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
-        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+        super().__init__(
+            tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
+        )
 
     def start(self, problem: InnerProblem, x0: Tensor) -> FixedPointIterationState:
         residual = problem.residual(x0)

@@ -13,7 +13,7 @@ from ..linear_solvers.base import LinearSolver, as_linear_solver
 from ..linear_solvers.dense import Dense
 from ..linear_solvers.lsmr import LSMR
 from ._line_search import Iterate, advance, first_iterate
-from .base import InnerProblem, InnerSolver
+from .base import DECIDES, InnerProblem, InnerSolver
 
 
 class GaussNewtonState(NamedTuple):
@@ -45,6 +45,8 @@ class GaussNewton(InnerSolver):
     tensor(2.0000)
     """
 
+    uncompilable = DECIDES
+
     def __init__(
         self,
         linear_solver: Any = None,
@@ -52,8 +54,12 @@ class GaussNewton(InnerSolver):
         tol: float | None = None,
         max_iterations: int = 200,
         on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
-        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+        super().__init__(
+            tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
+        )
         self.linear_solver = None if linear_solver is None else as_linear_solver(linear_solver, Dense)
         if self.linear_solver is not None and not self.linear_solver.takes_rectangular:
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..info import FailurePolicy
 from ..linear_solvers.base import check_not_negative
 from ._line_search import Iterate, advance, first_iterate
-from .base import InnerProblem, InnerSolver
+from .base import DECIDES, InnerProblem, InnerSolver
 
 
 class GradientDescentState(NamedTuple):
@@ -42,8 +42,12 @@ class GradientDescent(InnerSolver):
         tol: float | None = None,
         max_iterations: int = 1000,
         on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
-        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+        super().__init__(
+            tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
+        )
         if stepsize is not None and not stepsize > 0:
             raise ValueError(f"stepsize is {stepsize!r}, but it must be a positive number, or None for a line search.")
         check_not_negative(momentum=momentum)
@@ -54,6 +58,10 @@ class GradientDescent(InnerSolver):
         if nesterov and not momentum:
             raise ValueError("nesterov=True needs a momentum above 0, for example 0.9.")
         self.stepsize, self.momentum, self.nesterov = stepsize, momentum, nesterov
+
+    @property
+    def uncompilable(self) -> str | None:  # type: ignore[override]
+        return DECIDES if self.stepsize is None else None
 
     def start(self, problem: InnerProblem, x0: Tensor) -> GradientDescentState:
         return self._state(first_iterate(problem, x0), torch.zeros_like(x0))

@@ -18,7 +18,7 @@ from ..info import FailurePolicy
 from ..linear_solvers.base import check_max_iterations
 from ._line_search import Iterate, Projection, advance_projected, first_iterate, unit_length
 from ._strong_wolfe import advance_wolfe
-from .base import InnerProblem, InnerSolver
+from .base import DECIDES, InnerProblem, InnerSolver
 
 CURVATURE = 0.9
 LEAST_CURVATURE = 1e-10
@@ -58,6 +58,8 @@ class LBFGS(InnerSolver):
     tensor([0., 2.])
     """
 
+    uncompilable = DECIDES
+
     def __init__(
         self,
         history: int = 10,
@@ -67,8 +69,12 @@ class LBFGS(InnerSolver):
         tol: float | None = None,
         max_iterations: int = 500,
         on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
-        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+        super().__init__(
+            tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
+        )
         check_max_iterations(history)
         if _is_number(lower) and _is_number(upper) and not lower <= upper:
             raise ValueError(f"lower is {lower!r} and upper {upper!r}, but lower must not be above upper.")

@@ -15,7 +15,7 @@ from ..linear_solvers.cg import CG
 from ..linear_solvers.system import System
 from ..operators import FunctionOperator
 from ._step_search import Progress, first_progress, progress_after
-from .base import InnerProblem, InnerSolver
+from .base import DECIDES, InnerProblem, InnerSolver
 
 DENSE_UP_TO = 500
 """Above this n the steps are found by products with J and Jᵀ."""
@@ -58,10 +58,16 @@ class LevenbergMarquardt(InnerSolver):
     tensor([1.0000, 1.0000], dtype=torch.float64)
     """
 
+    uncompilable = DECIDES
+
     def __init__(
-        self, *, tol: float | None = None, max_iterations: int = 500, on_failure: FailurePolicy = "warn"
+        self, *, tol: float | None = None, max_iterations: int = 500, on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
-        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+        super().__init__(
+            tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
+        )
 
     def start(self, problem: InnerProblem, x0: Tensor) -> LevenbergMarquardtState:
         J = problem.least_squares_jacobian(x0)

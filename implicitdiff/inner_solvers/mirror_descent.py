@@ -23,7 +23,7 @@ from ._step_search import (
     unit_step,
     with_decrease,
 )
-from .base import InnerProblem, InnerSolver
+from .base import DECIDES, InnerProblem, InnerSolver
 
 
 class MirrorDescentState(NamedTuple):
@@ -57,6 +57,8 @@ class MirrorDescent(InnerSolver):
     True
     """
 
+    uncompilable = DECIDES
+
     def __init__(
         self,
         projection: Callable[..., Tree],
@@ -66,8 +68,12 @@ class MirrorDescent(InnerSolver):
         tol: float | None = None,
         max_iterations: int = 5000,
         on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
-        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+        super().__init__(
+            tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
+        )
         self.projection = checked_callable(projection, "projection")
         self.mirror_map = checked_callable(mirror_map, "mirror_map")
         self.stepsize = None if stepsize is None else checked_stepsize(stepsize)

@@ -11,7 +11,7 @@ from .._vectors import vector_norm
 from ..info import RUNNING, FailurePolicy, Status
 from ..linear_solvers.auto import Auto
 from ..linear_solvers.base import as_linear_solver
-from .base import InnerProblem, InnerSolver
+from .base import DECIDES, InnerProblem, InnerSolver
 
 MAX_HALVINGS = 20
 
@@ -34,6 +34,8 @@ class Newton(InnerSolver):
     tensor([2.])
     """
 
+    uncompilable = DECIDES
+
     def __init__(
         self,
         linear_solver: Any = None,
@@ -41,8 +43,12 @@ class Newton(InnerSolver):
         tol: float | None = None,
         max_iterations: int = 100,
         on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
-        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+        super().__init__(
+            tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
+        )
         self.linear_solver = as_linear_solver(linear_solver, Auto)
 
     def start(self, problem: InnerProblem, x0: Tensor) -> NewtonState:

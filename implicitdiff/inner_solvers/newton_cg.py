@@ -13,7 +13,7 @@ from ..linear_solvers.base import check_max_iterations
 from ..linear_solvers.cg import CG
 from ..linear_solvers.system import System
 from ._line_search import Iterate, advance, first_iterate
-from .base import InnerProblem, InnerSolver
+from .base import DECIDES, InnerProblem, InnerSolver
 
 
 class NewtonCGState(NamedTuple):
@@ -36,6 +36,8 @@ class NewtonCG(InnerSolver):
     0.0
     """
 
+    uncompilable = DECIDES
+
     def __init__(
         self,
         cg_iterations: int | None = None,
@@ -43,8 +45,12 @@ class NewtonCG(InnerSolver):
         tol: float | None = None,
         max_iterations: int = 100,
         on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
-        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+        super().__init__(
+            tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
+        )
         self.cg_iterations = check_max_iterations(cg_iterations)
 
     def start(self, problem: InnerProblem, x0: Tensor) -> NewtonCGState:

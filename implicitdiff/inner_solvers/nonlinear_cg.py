@@ -10,7 +10,7 @@ from torch import Tensor
 from .._vectors import inner
 from ._line_search import Iterate, first_iterate, unit_length
 from ._strong_wolfe import advance_wolfe
-from .base import InnerProblem, InnerSolver
+from .base import DECIDES, InnerProblem, InnerSolver
 
 CURVATURE = 0.2
 """Line searches are nearly exact, as conjugacy needs."""
@@ -38,6 +38,8 @@ class NonlinearCG(InnerSolver):
     >>> bool(layer.solve(torch.zeros(3, dtype=torch.float64), 1.0).forward.converged)
     True
     """
+
+    uncompilable = DECIDES
 
     def start(self, problem: InnerProblem, x0: Tensor) -> NonlinearCGState:
         here = first_iterate(problem, x0)

@@ -14,7 +14,7 @@ from ..conditions import Condition, Tree
 from ..conditions.base import checked_callable
 from ..info import RUNNING, FailurePolicy
 from ._step_search import Progress, first_progress, progress_after, unit_step, with_decrease
-from .base import InnerProblem, InnerSolver
+from .base import DECIDES, InnerProblem, InnerSolver
 
 MEMORY = 10
 
@@ -50,6 +50,8 @@ class ProjectedGradient(InnerSolver):
     tensor([3., 0.])
     """
 
+    uncompilable = DECIDES
+
     def __init__(
         self,
         projection: Callable[..., Tree],
@@ -57,8 +59,12 @@ class ProjectedGradient(InnerSolver):
         tol: float | None = None,
         max_iterations: int = 2000,
         on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
-        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+        super().__init__(
+            tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
+        )
         self.projection = checked_callable(projection, "projection")
 
     def condition(self, objective: Callable[..., Tensor]) -> Condition:

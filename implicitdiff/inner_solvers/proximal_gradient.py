@@ -24,7 +24,7 @@ from ._step_search import (
     unit_step,
     within_curvature,
 )
-from .base import InnerProblem, InnerSolver
+from .base import DECIDES, InnerProblem, InnerSolver
 
 
 class ProximalGradientState(NamedTuple):
@@ -65,6 +65,8 @@ class ProximalGradient(InnerSolver):
     tensor([2., 0.])
     """
 
+    uncompilable = DECIDES
+
     def __init__(
         self,
         prox: Callable[..., Tree],
@@ -74,8 +76,12 @@ class ProximalGradient(InnerSolver):
         tol: float | None = None,
         max_iterations: int = 5000,
         on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
-        super().__init__(tol=tol, max_iterations=max_iterations, on_failure=on_failure)
+        super().__init__(
+            tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
+        )
         self.prox, self.accelerate = checked_callable(prox, "prox"), accelerate
         self.stepsize = None if stepsize is None else checked_stepsize(stepsize)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._captures import Capture, Substituted, dual_level_is_open, find_captures, is_transformed, transform_level
+from .._timing import timed
 from ..operators import FunctionOperator, LinearOperator
 
 
@@ -18,6 +19,7 @@ class OperatorWithCaptures:
     def __init__(self, A: LinearOperator, captures: Sequence[Capture] = (), levels: tuple[Any, ...] = ()) -> None:
         self.A, self.captures, self.levels = A, tuple(captures), levels
 
+    @timed("captured tensors")
     def find(self, b: Tensor) -> list[Tensor]:
         if not (transform_level() or dual_level_is_open() or torch.is_grad_enabled()):
             return []

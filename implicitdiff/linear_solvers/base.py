@@ -12,6 +12,7 @@ from torch import Tensor
 from .._autograd import solution_of
 from .._captures import dual_level_is_open, is_differentiated, transform_level
 from .._linear_problem import LinearProblem
+from .._timing import timed
 from .._vectors import scaled_norm
 from ..errors import ImplicitDiffError
 from ..info import FailurePolicy, LinearSolution, SolveInfo, Status
@@ -78,6 +79,7 @@ class LinearSolver(ABC):
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         """The solution and its report, on plain tensors, without derivatives and without acting on a failure."""
 
+    @timed("linear solve")
     def __call__(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         """Solve A u = b, b of shape (*batch, n), from x0 (zeros by default).
 
@@ -125,6 +127,8 @@ class LinearSolver(ABC):
 
     def _threshold(self, norm: Tensor) -> Tensor:
         """The asked residual, relative to ‖b‖."""
+        if self.atol == 0:
+            return torch.full_like(norm, self.rtol)
         return torch.clamp(self.atol / torch.where(norm > 0, norm, 1), min=self.rtol)
 
 

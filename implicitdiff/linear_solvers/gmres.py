@@ -17,7 +17,7 @@ class GMRESState(NamedTuple):
     x: Tensor  # the iterate at the start of the cycle
     residual_norm: Tensor
     status: Tensor
-    basis: Tensor  # (*batch, restart + 1, n), orthonormal rows, zero where not filled yet
+    basis: Tensor  # (*batch, restart + 1, n), orthonormal rows; those that are not filled may hold anything
     triangle: Tensor  # (*batch, restart, restart), R of the Hessenberg matrix, the identity where not filled yet
     rotations: Tensor  # (*batch, restart + 1, restart + 1), the product of the Givens rotations
     start_norm: Tensor  # (*batch,), the residual at the start of the cycle
@@ -37,6 +37,8 @@ class GMRES(IterativeLinearSolver):
     tensor([1.0000, 1.0000])
     """
 
+    uncompilable = "each step of a cycle has shapes of its own and would be a compilation of its own"
+
     def __init__(
         self,
         restart: int = 30,
@@ -47,6 +49,8 @@ class GMRES(IterativeLinearSolver):
         preconditioner: Preconditioner | None = None,
         warm_start: bool = False,
         on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
         super().__init__(
             rtol=rtol,
@@ -55,6 +59,8 @@ class GMRES(IterativeLinearSolver):
             preconditioner=preconditioner,
             warm_start=warm_start,
             on_failure=on_failure,
+            compile=compile,
+            check_every=check_every,
         )
         if int(restart) != restart or restart < 1:
             raise ValueError(f"restart is {restart!r}, but it must be a whole number of at least 1.")
@@ -75,12 +81,13 @@ class GMRES(IterativeLinearSolver):
 
     def step(self, A: System, state: GMRESState) -> GMRESState:
         m, k = state.triangle.shape[-1], state.column
-        w = A(A.precondition(state.basis[..., k, :]))
+        known = state.basis[..., : k + 1, :]
+        w = A(A.precondition(known[..., k, :]))
         h = torch.zeros_like(state.basis[..., 0])
         for _ in range(2):  # twice is enough
-            projection = (state.basis.conj() @ w.unsqueeze(-1)).squeeze(-1)
-            w = w - (state.basis.mT @ projection.unsqueeze(-1)).squeeze(-1)
-            h = h + projection
+            projection = (known.conj() @ w.unsqueeze(-1)).squeeze(-1)
+            w = w - (known.mT @ projection.unsqueeze(-1)).squeeze(-1)
+            h[..., : k + 1] += projection
         below = vector_norm(w)
 
         # The new column of the Hessenberg matrix, rotated by what was there and then by one more rotation.
@@ -99,7 +106,7 @@ class GMRES(IterativeLinearSolver):
         triangle[..., :k, k] = column[..., :k]
         triangle[..., k, k] = safe
 
-        basis = state.basis.clone() if state.basis.ndim > 2 else state.basis  # frozen systems keep theirs
+        basis = state.basis  # written over in rows that nobody has read, of systems that have ended too
         basis[..., k + 1, :] = w / torch.where(below > 0, below, 1).unsqueeze(-1)
         norm = state.start_norm * rotations[..., k + 1, 0].abs()
         status = torch.where(singular, int(Status.BREAKDOWN), state.status)
@@ -127,4 +134,5 @@ class GMRES(IterativeLinearSolver):
         in_use = torch.arange(m, device=state.filled.device) < state.filled.unsqueeze(-1)
         g = torch.where(in_use, state.start_norm.unsqueeze(-1) * state.rotations[..., :m, 0], 0)
         y = torch.linalg.solve_triangular(state.triangle, g.unsqueeze(-1), upper=True)
-        return state.x + A.precondition((state.basis[..., :m, :].mT @ y).squeeze(-1))
+        basis = torch.where(in_use.unsqueeze(-1), state.basis[..., :m, :], 0)
+        return state.x + A.precondition((basis.mT @ y).squeeze(-1))

@@ -62,9 +62,17 @@ class LSMR(IterativeLinearSolver):
         max_iterations: int | None = None,
         warm_start: bool = False,
         on_failure: FailurePolicy = "warn",
+        compile: bool = False,
+        check_every: int | None = None,
     ) -> None:
         super().__init__(
-            rtol=rtol, atol=atol, max_iterations=max_iterations, warm_start=warm_start, on_failure=on_failure
+            rtol=rtol,
+            atol=atol,
+            max_iterations=max_iterations,
+            warm_start=warm_start,
+            on_failure=on_failure,
+            compile=compile,
+            check_every=check_every,
         )
 
     def start(self, A: System, b: Tensor, x0: Tensor | None) -> LSMRState:

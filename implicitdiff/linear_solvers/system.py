@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .._lanczos import Notes
+from .._timing import timed
 from ..operators import LinearOperator
 
 Preconditioner = Callable[[LinearOperator], Callable[[Tensor], Tensor]]
@@ -20,26 +21,56 @@ class System(LinearOperator):
         super().__init__(
             A.shape, structure=A.structure, batch_shape=A.batch_shape, dtype=A.dtype or b.dtype, device=b.device
         )
+        self._b = b
         self.A, self.matvecs, self.diagonal_is_cheap = A, 0, A.diagonal_is_cheap
         self.origin = A.origin
         self.notes: Notes = []
         """What a method leaves at each step, for what it tells of the spectrum."""
+        self.first_product: Tensor | None = None
+        """A b, where the method starts at zero and keeps it."""
+        self.in_place = b.ndim == 1
+        """Whether the method may write over its state: nobody asks for the old one where a single system is followed
+        step by step."""
         self.precondition = precondition or _identity
         """v ↦ M⁻¹ v; the identity without a preconditioner."""
+
+    def traceable(self) -> System:
+        part = System(self.A.traceable(), self._b, self.precondition)
+        part.in_place = False
+        return part
+
+    def opened(self) -> System:
+        """The same for a few steps, with what their products share computed once, and tallies of its own."""
+        part = System(self.A.opened(), self._b, self.precondition)
+        part.in_place = False
+        return part
+
+    @property
+    def tallies(self) -> tuple[int, Notes]:
+        """The products and the notes, which :meth:`add` takes over from a part."""
+        return self.matvecs, self.notes
+
+    def add(self, tallies: tuple[int, Notes], steps: int, of: int) -> None:
+        """Take over the tallies of a part: of its products, those of so many of its steps."""
+        self.matvecs += tallies[0] * steps // of
+        self.notes += tallies[1]
 
     @property
     def is_preconditioned(self) -> bool:
         """Whether ``precondition`` is not the identity."""
         return self.precondition is not _identity
 
+    @timed("products")
     def matvec(self, v: Tensor) -> Tensor:
         self.matvecs += 1
         return self.A.matvec(v)
 
+    @timed("products")
     def rmatvec(self, v: Tensor) -> Tensor:
         self.matvecs += 1
         return self.A.rmatvec(v)
 
+    @timed("matrix of A")
     def to_dense(self) -> Tensor:
         self.matvecs += self.shape[1]
         return self.A.to_dense() if self.A.dtype is not None else super().to_dense()

@@ -139,6 +139,14 @@ class LinearOperator(ABC):
         entries = [self.matvec(e)[..., i] for i, e in enumerate(self._basis())]
         return torch.stack(entries, dim=-1)
 
+    def traceable(self) -> LinearOperator:
+        """The same operator with products that torch.compile can follow."""
+        return self
+
+    def opened(self) -> LinearOperator:
+        """The same operator for several products, with what they share computed once."""
+        return self
+
     def _basis(self) -> Tensor:
         n = self.shape[1]
         eye = torch.eye(n, dtype=self.dtype, device=self.device)
@@ -240,6 +248,12 @@ class Transpose(LinearOperator):
     @property
     def T(self) -> LinearOperator:
         return self.A
+
+    def traceable(self) -> LinearOperator:
+        return Transpose(self.A.traceable())
+
+    def opened(self) -> LinearOperator:
+        return Transpose(self.A.opened())
 
     def to_dense(self) -> Tensor:
         return self.A.to_dense().mH

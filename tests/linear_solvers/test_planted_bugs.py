@@ -44,7 +44,8 @@ class OldResidualInDirection(idf.CG):
     def step(self, A: Any, state: Any) -> Any:
         residual, direction = state.residual.clone(), state.direction.clone()  # the step writes over them
         new = super().step(A, state)
-        return new._replace(direction=residual + (new.rho / state.rho).unsqueeze(-1) * direction)
+        ratio = torch.as_tensor(new.rho / state.rho).unsqueeze(-1)
+        return new._replace(direction=residual + ratio * direction)
 
 
 class MeanResidual(idf.CG):
@@ -68,8 +69,9 @@ class FrozenAtNegativeCurvature(idf.CG):
 
     def step(self, A: Any, state: Any) -> Any:
         new = super().step(A, state)
-        frozen = new.status == idf.Status.INDEFINITE
-        return new._replace(status=state.status, residual_norm=torch.where(frozen, 0, new.residual_norm))
+        frozen = torch.as_tensor(new.status) == idf.Status.INDEFINITE
+        norm = torch.where(frozen, 0, torch.as_tensor(new.residual_norm))
+        return new._replace(status=state.status, residual_norm=norm)
 
 
 class NormalEquations(idf.CG):
