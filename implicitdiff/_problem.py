@@ -15,7 +15,7 @@ from ._autograd import Problem
 from ._captures import Capture, Substituted, is_transformed, transform_level
 from ._chunks import terms_on_slices
 from ._equations import Equations
-from ._jacobian import ChunkedJacobian, JacobianOperator
+from ._jacobian import TALL, ChunkedJacobian, JacobianOperator
 from ._kinks import has_kink
 from ._limited_memory import LimitedMemory
 from ._linear_problem import LinearProblem, solve_and_report
@@ -197,18 +197,25 @@ class InnerProblem:
         return InnerProblem(self.problem, inputs, substituted=self._substituted)
 
     def _matrices(self, x: Tensor) -> Tensor:
-        """∂F/∂x of each system. The rows are vmapped inside the systems: the other way round, torch copies for each row
-        what the systems do not share."""
-        equations, stationary = self.problem.equations, self._is_stationarity
+        """∂F/∂x of each system."""
+        F = self.problem.equations.primitive
+        return self._dense((lambda x, *tensors: torch.func.grad(F)(x, *tensors)) if self._is_stationarity else F, x)
+
+    def _dense(self, primitive: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """The Jacobian in x of a function of one system, for each system.
+
+        Its rows, or columns, are vmapped inside the systems: the other way round, torch copies for each of them what
+        the systems do not share.
+        """
 
         def of_one_system(x: Tensor, *tensors: Tensor) -> Tensor:
-            def residual(x: Tensor) -> Tensor:
-                return equations.primitive(x, *tensors)
+            out, pullback = torch.func.vjp(lambda x: primitive(x, *tensors), x)[:2]
+            if len(out) > TALL * len(x):
+                push = torch.func.vjp(lambda u: pullback(u)[0], torch.zeros_like(out))[1]
+                return torch.func.vmap(push)(torch.eye(len(x), dtype=out.dtype, device=out.device))[0].mT
+            return torch.func.vmap(pullback)(torch.eye(len(out), dtype=out.dtype, device=out.device))[0].conj()
 
-            out, pullback = torch.func.vjp(torch.func.grad(residual) if stationary else residual, x)[:2]
-            return torch.func.vmap(pullback)(torch.eye(len(out), dtype=out.dtype, device=out.device))[0]
-
-        return self._part(of_one_system)(x, *(t.detach() for t in self.inputs)).conj().resolve_conj()
+        return self._part(of_one_system)(x, *(t.detach() for t in self.inputs)).resolve_conj()
 
     def _slices(self, x: Tensor, argument: int | str, dim: int, k: int) -> list[tuple[float, Callable[..., Tensor]]]:
         """Weights and gradients whose sum is the gradient, each on a slice of the data."""
@@ -288,7 +295,8 @@ class InnerProblem:
     def least_squares_jacobian(self, x: Tensor) -> JacobianOperator:
         """∂r/∂x at x, of shape (m, n), with r as its ``value``."""
         self._need_no_derivative()
-        return JacobianOperator(self.least_squares_residual, x, "general")
+        residual = self.problem.equations.least_squares
+        return JacobianOperator(self.least_squares_residual, x, "general", lambda x: self._dense(residual, x))
 
     def leave_inverse(self, inverse: LimitedMemory) -> None:
         """Leave an estimate of the inverse Hessian for the backward pass."""

@@ -276,7 +276,8 @@ def test_between_looks_nothing_is_read(solver: Any, batch: tuple[int, ...]) -> N
         torch.testing.assert_close(got.info.iterations, want.info.iterations, rtol=0, atol=1)
     steps = int(want.info.iterations.max())
     assert reads[1] >= reads[5] + steps // 2
-    assert reads[100] <= 12  # what does not depend on the steps
+    restarts = 100 // 12 if solver is idf.GMRES else 0  # a cycle ends with one
+    assert reads[100] <= 12 + restarts  # what does not depend on the steps
 
 
 def test_inner_solvers_look_as_often_as_they_are_told() -> None:

@@ -73,7 +73,7 @@ class GMRES(IterativeLinearSolver):
         batch, n = r.shape[:-1], r.shape[-1]
         m = min(self.restart, n)
         norm = vector_norm(r)
-        basis = r.new_zeros(*batch, m + 1, n)
+        basis = r.new_empty(*batch, m + 1, n)
         basis[..., 0, :] = r / torch.where(norm > 0, norm, 1).unsqueeze(-1)
         eye = torch.eye(m + 1, dtype=r.dtype, device=r.device).expand(*batch, m + 1, m + 1)
         status = torch.full_like(norm, RUNNING, dtype=torch.int64)
@@ -85,8 +85,8 @@ class GMRES(IterativeLinearSolver):
         w = A(A.precondition(known[..., k, :]))
         h = torch.zeros_like(state.basis[..., 0])
         for _ in range(2):  # twice is enough
-            projection = (known.conj() @ w.unsqueeze(-1)).squeeze(-1)
-            w = w - (known.mT @ projection.unsqueeze(-1)).squeeze(-1)
+            projection = torch.linalg.vecdot(known, w.unsqueeze(-2)) if w.ndim > 1 else known.conj() @ w
+            w = w - _combined(projection, known)
             h[..., : k + 1] += projection
         below = vector_norm(w)
 
@@ -123,16 +123,23 @@ class GMRES(IterativeLinearSolver):
         coefficients = (
             state.start_norm.unsqueeze(-1) * state.rotations[..., -1, 0:1] * state.rotations[..., -1, :].conj()
         )
-        r = (state.basis.mT @ coefficients.unsqueeze(-1)).squeeze(-1)
+        r = _combined(coefficients, state.basis)
         new = self._cycle(self.finish(A, state), r)
         stalled = state.residual_norm >= (1 - 1e-6) * state.start_norm
         status = torch.where((state.status == RUNNING) & stalled, int(Status.STAGNATED), state.status)
         return new._replace(residual_norm=state.residual_norm, status=status)
 
     def finish(self, A: System, state: GMRESState) -> Tensor:
-        m = state.triangle.shape[-1]
-        in_use = torch.arange(m, device=state.filled.device) < state.filled.unsqueeze(-1)
-        g = torch.where(in_use, state.start_norm.unsqueeze(-1) * state.rotations[..., :m, 0], 0)
-        y = torch.linalg.solve_triangular(state.triangle, g.unsqueeze(-1), upper=True)
-        basis = torch.where(in_use.unsqueeze(-1), state.basis[..., :m, :], 0)
-        return state.x + A.precondition((basis.mT @ y).squeeze(-1))
+        k = int(state.filled.max()) if state.filled.numel() else 0  # one that has ended may have had a longer cycle
+        in_use = torch.arange(k, device=state.filled.device) < state.filled.unsqueeze(-1)
+        g = torch.where(in_use, state.start_norm.unsqueeze(-1) * state.rotations[..., :k, 0], 0)
+        y = torch.linalg.solve_triangular(state.triangle[..., :k, :k], g.unsqueeze(-1), upper=True).squeeze(-1)
+        basis = state.basis[..., :k, :]
+        if basis.ndim > 2:  # of systems that have filled less
+            basis = torch.where(in_use.unsqueeze(-1), basis, 0)
+        return state.x + A.precondition(_combined(y, basis))
+
+
+def _combined(coefficients: Tensor, rows: Tensor) -> Tensor:
+    """Σ coefficientᵢ · rowᵢ."""
+    return (coefficients.unsqueeze(-2) @ rows).squeeze(-2)
