@@ -11,11 +11,11 @@ from ._vectors import inner
 
 
 class Pair(NamedTuple):
-    """A step, the change of the gradient along it, and their product sᵀy; all zero where the pair is skipped."""
+    """A step s, the change y of the gradient along it, and 1/sᵀy, 0 where the pair is skipped."""
 
     step: Tensor
     change: Tensor
-    curvature: Tensor  # (*batch, 1)
+    weight: Tensor  # (*batch, 1)
 
 
 class LimitedMemory(NamedTuple):
@@ -25,18 +25,13 @@ class LimitedMemory(NamedTuple):
     scale: Tensor
 
     def apply(self, v: Tensor) -> Tensor:
-        """The two-loop recursion (Nocedal and Wright 2006, Algorithm 7.4); a pair of curvature 0 changes nothing."""
-        pairs, weights = [pair for pair in self.pairs if pair is not None], []
+        """The two-loop recursion (Nocedal and Wright 2006, Algorithm 7.4)."""
+        pairs, lengths = [pair for pair in self.pairs if pair is not None], []
         for pair in reversed(pairs):
-            weight = _over(inner(pair.step, v), pair.curvature)
-            weights.append(weight)
-            v = v - weight * pair.change
+            length = inner(pair.step, v) * pair.weight
+            lengths.append(length)
+            v = torch.addcmul(v, length, pair.change, value=-1)
         v = self.scale * v
-        for pair, weight in zip(pairs, reversed(weights), strict=True):
-            v = v + (weight - _over(inner(pair.change, v), pair.curvature)) * pair.step
+        for pair, length in zip(pairs, reversed(lengths), strict=True):
+            v = torch.addcmul(v, length - inner(pair.change, v) * pair.weight, pair.step)
         return v
-
-
-def _over(product: Tensor, curvature: Tensor) -> Tensor:
-    used = curvature > 0
-    return torch.where(used, product / torch.where(used, curvature, 1), 0)

@@ -53,6 +53,8 @@ def _zoom(problem: InnerProblem, here: Iterate, d: Tensor, slope: Tensor, step: 
         close = ~decreased & ((value - f).abs() <= hidden)
         descended = decreased | close & (trial.slope <= (2 * ROUNDING_DECREASE - 1) * slope)
         found = descended & (trial.slope.abs() <= -curvature * slope)
+        if not any_of(~(settled | found)):
+            return select(found & ~settled, trial, low)
         # The minimum lies before a point that is not low enough, or higher than low. A NaN is never low enough.
         fits = (decreased | close & (trial.slope < 0)) & (value <= low.value + hidden)
         past = ~found & ~fits
@@ -61,8 +63,6 @@ def _zoom(problem: InnerProblem, here: Iterate, d: Tensor, slope: Tensor, step: 
         high = select(~settled & past, trial, select(~settled & turned, low, high))
         low = select(~settled & ~past, trial, low)
         settled = settled | found
-        if not any_of(~settled):
-            break
         next_step = torch.where(high.step.isfinite(), _inside(low, high, hidden, width), _outside(before, low))
         step = torch.where(settled, low.step, next_step)
     return low

@@ -112,7 +112,7 @@ class LBFGS(InnerSolver):
             status = torch.where(failed & _is_used(memory), here.progress.status, there.progress.status)
             there = there._replace(progress=there.progress._replace(status=status))
             column = failed.unsqueeze(-1)
-            pairs = tuple(p and p._replace(curvature=torch.where(column, 0, p.curvature)) for p in pairs)
+            pairs = tuple(p and p._replace(weight=torch.where(column, 0, p.weight)) for p in pairs)
             scale = torch.where(column, unit_length(here.gradient), scale)
         return self._state(there, LimitedMemory(pairs, scale))
 
@@ -153,20 +153,21 @@ def _pair(step: Tensor, change: Tensor) -> Pair:
     """The pair, skipped where it has no positive curvature."""
     curvature = inner(step, change)
     kept = curvature > LEAST_CURVATURE * (vector_norm(step) * vector_norm(change)).unsqueeze(-1)
-    return Pair(step, change, torch.where(kept, curvature, 0))
+    weight = 1 / torch.where(kept, curvature, 1)
+    return Pair(step, change, torch.where(kept & weight.isfinite(), weight, 0))
 
 
 def _scale(pair: Pair, otherwise: Tensor) -> Tensor:
     """The scale of the inverse Hessian that the last pair suggests (Nocedal and Wright 2006, Eq. 7.20)."""
-    kept = pair.curvature > 0
-    return torch.where(kept, pair.curvature / torch.where(kept, inner(pair.change, pair.change), 1), otherwise)
+    kept = pair.weight > 0
+    return torch.where(kept, 1 / torch.where(kept, pair.weight * inner(pair.change, pair.change), 1), otherwise)
 
 
 def _is_used(memory: LimitedMemory) -> Tensor:
     """Whether there is a pair that counts, system by system."""
     used = torch.zeros_like(memory.scale, dtype=torch.bool)
     for pair in memory.pairs:
-        used = used if pair is None else used | (pair.curvature > 0)
+        used = used if pair is None else used | (pair.weight > 0)
     return used.squeeze(-1)
 
 
@@ -176,7 +177,7 @@ def _restricted(memory: LimitedMemory, free: Tensor) -> LimitedMemory:
     for pair in memory.pairs:
         if pair is not None:
             part = _pair(torch.where(free, pair.step, 0), torch.where(free, pair.change, 0))
-            pair = part._replace(curvature=torch.where(pair.curvature > 0, part.curvature, 0))
+            pair = part._replace(weight=torch.where(pair.weight > 0, part.weight, 0))
             scale = _scale(pair, scale)
         pairs.append(pair)
     return LimitedMemory(tuple(pairs), scale)

@@ -75,6 +75,10 @@ class LinearSolver(ABC):
         """What reports call it."""
         return type(self).__name__
 
+    def of_one_operator(self) -> LinearSolver:
+        """The solver for right-hand sides of one operator and its transpose, of which it may keep what it finds."""
+        return self
+
     @abstractmethod
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         """The solution and its report, on plain tensors, without derivatives and without acting on a failure."""
@@ -94,7 +98,7 @@ class LinearSolver(ABC):
         family = OperatorWithCaptures(A)
         captured = family.find(b)
         kept = _Kept()
-        problem = LinearProblem(family, False, _Keeping(self, kept), "linear")
+        problem = LinearProblem(family, False, _Keeping(self.of_one_operator(), kept), "linear")
         followed = transform_level() or dual_level_is_open()
         x0 = None if x0 is None else x0.detach()
         if not A.is_square and any(map(is_differentiated, captured)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -55,6 +56,14 @@ class Dense(LinearSolver):
         super().__init__(rtol=rtol, atol=atol, on_failure=on_failure)
         self.warm_start = warm_start
         self._kept: tuple[tuple[object, ...], bool, Inverse] | None = None
+        self._has_one_operator = False
+
+    def of_one_operator(self) -> Dense:
+        if self.warm_start:
+            return self  # it keeps more than that
+        solver = copy(self)
+        solver._has_one_operator = True
+        return solver
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         system, singular = System(A, b), False
@@ -77,21 +86,28 @@ class Dense(LinearSolver):
         """The solution, and whether the matrix (one of a batch) is singular."""
         if 0 in (*system.shape, *b.shape):
             return b.new_zeros(*b.shape[:-1], system.shape[1]), False
+        if self._has_one_operator and self._kept is not None and self._kept[0] == _key(system):
+            inverse = self._kept[2]
+            return inverse.apply(b, self._is_adjoint_of_kept(system)), inverse.is_pseudo
         matrix = system.to_dense()
-        finite = bool(matrix.isfinite().all()) and bool(b.isfinite().all())
-        if not (finite and system.is_square):
+        inverse = _inverse(matrix, system.is_symmetric) if system.is_square else None
+        if inverse is None and not (system.is_square and bool(matrix.isfinite().all())):
             return _system_by_system(matrix, b.unsqueeze(-1), system.is_symmetric).squeeze(-1), False
-        inverse = _inverse(matrix, system.is_symmetric)
-        if self.warm_start:
+        if inverse is None:
+            inverse = _pseudo_inverse(matrix, system.is_symmetric)
+        if self.warm_start or self._has_one_operator:
             self._kept = (_key(system), isinstance(system.A, Transpose), inverse)
         return inverse.apply(b, False), inverse.is_pseudo
 
+    def _is_adjoint_of_kept(self, system: System) -> bool:
+        assert self._kept is not None
+        return not system.is_symmetric and self._kept[1] != isinstance(system.A, Transpose)
+
     def _refined(self, system: System, b: Tensor) -> Tensor | None:
         """The solution by the kept factorisation; None where there is none, or it does not bring b's system to rtol."""
-        if self._kept is None or self._kept[0] != _key(system):
+        if not self.warm_start or self._kept is None or self._kept[0] != _key(system):
             return None
-        _, transposed, inverse = self._kept
-        adjoint = not system.is_symmetric and transposed != isinstance(system.A, Transpose)
+        inverse, adjoint = self._kept[2], self._is_adjoint_of_kept(system)
         limit = torch.clamp(self.rtol * scaled_norm(b), min=self.atol)
         x, r, before = torch.zeros_like(b), b, torch.full_like(limit, torch.inf)
         for _ in range(REFINEMENTS):
@@ -118,27 +134,34 @@ def _key(system: System) -> tuple[object, ...]:
     return system.shape, system.batch_shape, system.dtype, system.device, system.is_symmetric
 
 
-def _inverse(matrix: Tensor, symmetric: bool) -> Inverse:
-    """The inverse of finite square matrices (*batch, n, n); the pseudo-inverse where one is singular up to rounding."""
+def _inverse(matrix: Tensor, symmetric: bool) -> Inverse | None:
+    """The inverse of square matrices (*batch, n, n); None where one is singular up to rounding or is not finite."""
     if symmetric:
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not (bool(failed.any()) or _is_singular(factor, power=2)):
             return Inverse(lambda b, adjoint: torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1))
-        return _pseudo_inverse_of_symmetric(matrix)
+        return None
     factor, pivots, failed = torch.linalg.lu_factor_ex(matrix)
     if bool(failed.any()) or _is_singular(factor):
-        inverse = torch.linalg.pinv(matrix)
-        return Inverse(lambda b, adjoint: ((inverse.mH if adjoint else inverse) @ b.unsqueeze(-1)).squeeze(-1), True)
+        return None
     return Inverse(
         lambda b, adjoint: torch.linalg.lu_solve(factor, pivots, b.unsqueeze(-1), adjoint=adjoint).squeeze(-1)
     )
+
+
+def _pseudo_inverse(matrix: Tensor, symmetric: bool) -> Inverse:
+    """Of finite matrices."""
+    if symmetric:
+        return _pseudo_inverse_of_symmetric(matrix)
+    inverse = torch.linalg.pinv(matrix)
+    return Inverse(lambda b, adjoint: ((inverse.mH if adjoint else inverse) @ b.unsqueeze(-1)).squeeze(-1), True)
 
 
 def _is_singular(factor: Tensor, power: int = 1) -> bool:
     """Whether a pivot of a factorisation is lost in rounding; those of Cholesky are the squares of its diagonal."""
     pivots = factor.diagonal(dim1=-2, dim2=-1).abs() ** power
     smallest = torch.finfo(pivots.dtype).eps * pivots.shape[-1] * pivots.amax(-1)
-    return bool((pivots.amin(-1) <= smallest).any())
+    return not bool((pivots.amin(-1) > smallest).all())  # a NaN counts
 
 
 def _pseudo_inverse_of_symmetric(matrix: Tensor) -> Inverse:
@@ -163,7 +186,8 @@ def _system_by_system(matrix: Tensor, b: Tensor, symmetric: bool) -> Tensor:
     finite = matrices.isfinite().flatten(1).all(-1) & vectors.isfinite().flatten(1).all(-1)
     x = vectors.new_full((len(vectors), matrix.shape[-1], 1), torch.nan)
     if bool(finite.any()) and matrix.shape[-1] == matrix.shape[-2]:
-        x[finite] = _inverse(matrices[finite], symmetric).apply(vectors[finite].squeeze(-1), False).unsqueeze(-1)
+        found = _inverse(matrices[finite], symmetric) or _pseudo_inverse(matrices[finite], symmetric)
+        x[finite] = found.apply(vectors[finite].squeeze(-1), False).unsqueeze(-1)
     elif bool(finite.any()):
         x[finite] = torch.linalg.pinv(matrices[finite]) @ vectors[finite]
     return x.reshape(*shape, *x.shape[-2:])

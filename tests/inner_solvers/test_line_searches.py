@@ -125,7 +125,7 @@ def test_every_pair_of_lbfgs_has_positive_curvature() -> None:
 
         idf.ArgminLayer(PROBLEMS[name].objective, inner_solver=Watched(tol=1e-5)).solve(PROBLEMS[name].start)
         assert len(left) > 20
-        assert all(float(state.memory.pairs[-1].curvature) > 0 for state in left)
+        assert all(float(state.memory.pairs[-1].weight) > 0 for state in left)
 
 
 @pytest.mark.parametrize("solver", [LBFGS(), NonlinearCG()], ids=str)

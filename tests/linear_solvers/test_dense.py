@@ -180,3 +180,32 @@ def test_forward_and_backward_share_a_factorisation() -> None:
     x = solution.value.detach()
     jacobian = torch.eye(50) + (1 - torch.tanh(W @ x) ** 2).unsqueeze(-1) * W
     torch.testing.assert_close(t.grad, torch.linalg.inv(jacobian).sum(0), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("structure", ["positive_definite", "general"])
+def test_a_call_and_its_derivatives_share_a_factorisation(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
+    for name in ("cholesky_ex", "lu_factor_ex"):
+        original = getattr(torch.linalg, name)
+
+        def counted(*args: Any, original: Any = original) -> Any:
+            nonlocal count
+            count += 1
+            return original(*args)
+
+        monkeypatch.setattr(torch.linalg, name, counted)
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(3, 5, 5, dtype=torch.float64, generator=generator)
+    A = X @ X.mT + torch.eye(5) if structure == "positive_definite" else X + 3 * torch.eye(5)
+    A, b = A.requires_grad_(), torch.randn(3, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    solver, inverse = idf.Dense(), torch.linalg.inv
+    for factor in (1.0, 2.0):  # another call is another operator
+        count = 0
+        x = solver(DenseOperator(factor * A, structure), b).value
+        grads = torch.autograd.grad((x**3).sum(), (A, b), create_graph=True)
+        second = torch.autograd.grad(sum((g**2).sum() for g in grads), (A, b))
+        assert count == 1
+        want = torch.autograd.grad(((inverse(factor * A) @ b.unsqueeze(-1)) ** 3).sum(), (A, b), create_graph=True)
+        want_second = torch.autograd.grad(sum((g**2).sum() for g in want), (A, b))
+        for got, expected in zip((*grads, *second), (*want, *want_second), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
