@@ -41,9 +41,14 @@ docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build --nitpicky --fail-on-warning --quiet docs docs/_build/html
 	@echo "The pages are in docs/_build/html/index.html."
 
-bench: install
-	$(BIN)/python -m benchmarks.overhead
-	$(BIN)/python -m benchmarks.meta_gradient
+# Beside other libraries, which have an environment of their own; all ways on one thread.
+bench: .venv-bench
+	.venv-bench/bin/python -m benchmarks.peers
+	.venv-bench/bin/python -m benchmarks.growth
+	.venv-bench/bin/python -m benchmarks.overhead
+
+.venv-bench:
+	PYTHON=$(PYTHON) benchmarks/setup
 
 clean:
-	rm -rf $(VENV) runs docs/_build
+	rm -rf $(VENV) .venv-bench runs docs/_build

@@ -24,9 +24,12 @@ class Workload:
 
 
 def logistic(m: int, n: int) -> Workload:
-    """Logistic regression with one penalty per weight, near zero, in double precision."""
+    """Logistic regression with one penalty per weight, near zero, in double precision.
+
+    The features differ in size by a factor of ten, as those of real data do.
+    """
     generator = torch.Generator().manual_seed(0)
-    X = torch.randn(m, n, dtype=torch.float64, generator=generator)
+    X = torch.randn(m, n, dtype=torch.float64, generator=generator) * torch.logspace(0, -1, n, dtype=torch.float64)
     y = (X @ torch.randn(n, dtype=X.dtype, generator=generator) > 0).to(X.dtype)
     log_penalties = torch.full((n,), -7.0, dtype=torch.float64, requires_grad=True)
 

@@ -118,10 +118,21 @@ class LinearSolver(ABC):
         settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
         return f"{self.name}({settings})"
 
-    def _info(self, system: System, b: Tensor, x: Tensor, iterations: Tensor, status: Tensor) -> SolveInfo:
-        """The report at x, from the true residual; one that does not hold what was claimed says so."""
+    def _info(
+        self,
+        system: System,
+        b: Tensor,
+        x: Tensor,
+        iterations: Tensor,
+        status: Tensor,
+        product: Tensor | None = None,
+    ) -> SolveInfo:
+        """The report at x, from the true residual; one that does not hold what was claimed says so.
+
+        ``product`` is A x, where it is known already.
+        """
         norm = scaled_norm(b)
-        residual = b - system(x)
+        residual = b - (system(x) if product is None else product)
         relative = scaled_norm(residual / torch.where(norm > 0, norm, 1).unsqueeze(-1))
         converged = relative <= self._threshold(norm)
         status = torch.where(converged, int(Status.CONVERGED), status)

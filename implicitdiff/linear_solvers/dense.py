@@ -66,13 +66,13 @@ class Dense(LinearSolver):
         return solver
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
-        system, singular = System(A, b), False
+        system, singular, product = System(A, b), False, None
         x, steps = self._refined(system, b), torch.zeros(b.shape[:-1], dtype=torch.int64, device=b.device)
         if x is None:
             x = solve_structured(A, b)
         if x is None:
-            x, singular = self._factorised(system, b)
-        info = self._info(system, b, x, steps, steps + int(Status.BREAKDOWN))
+            x, singular, product = self._factorised(system, b)
+        info = self._info(system, b, x, steps, steps + int(Status.BREAKDOWN), product)
         if singular:
             info = replace(info, method=f"{self.name} (minimum norm, as A is singular)")
         if not A.is_square:
@@ -82,22 +82,23 @@ class Dense(LinearSolver):
         status = torch.where(rounded, int(Status.STAGNATED), info.status)
         return LinearSolution(x, replace(info, status=status))
 
-    def _factorised(self, system: System, b: Tensor) -> tuple[Tensor, bool]:
-        """The solution, and whether the matrix (one of a batch) is singular."""
+    def _factorised(self, system: System, b: Tensor) -> tuple[Tensor, bool, Tensor | None]:
+        """The solution x, whether the matrix (one of a batch) is singular, and A x where the matrix is at hand."""
         if 0 in (*system.shape, *b.shape):
-            return b.new_zeros(*b.shape[:-1], system.shape[1]), False
+            return b.new_zeros(*b.shape[:-1], system.shape[1]), False, None
         if self._has_one_operator and self._kept is not None and self._kept[0] == _key(system):
             inverse = self._kept[2]
-            return inverse.apply(b, self._is_adjoint_of_kept(system)), inverse.is_pseudo
+            return inverse.apply(b, self._is_adjoint_of_kept(system)), inverse.is_pseudo, None
         matrix = system.to_dense()
         inverse = _inverse(matrix, system.is_symmetric) if system.is_square else None
         if inverse is None and not (system.is_square and bool(matrix.isfinite().all())):
-            return _system_by_system(matrix, b.unsqueeze(-1), system.is_symmetric).squeeze(-1), False
+            return _system_by_system(matrix, b.unsqueeze(-1), system.is_symmetric).squeeze(-1), False, None
         if inverse is None:
             inverse = _pseudo_inverse(matrix, system.is_symmetric)
         if self.warm_start or self._has_one_operator:
             self._kept = (_key(system), isinstance(system.A, Transpose), inverse)
-        return inverse.apply(b, False), inverse.is_pseudo
+        x = inverse.apply(b, False)
+        return x, inverse.is_pseudo, (matrix @ x.unsqueeze(-1)).squeeze(-1)
 
     def _is_adjoint_of_kept(self, system: System) -> bool:
         assert self._kept is not None
