@@ -117,6 +117,7 @@ def train(
         finally:
             if writes and last is not saved:
                 checkpoint.save(run, last)
+    distributed.from_first(lambda: None)  # no rank goes on, to read the checkpoint perhaps, before it is there
     return last["step"]
 
 

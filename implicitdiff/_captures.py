@@ -108,6 +108,7 @@ def find_captures(
     Raises :class:`ImplicitDiffError` for a tensor of a transform that has ended, and for one that reaches the result
     only through a user's own ``autograd.Function``, where it cannot be followed.
     """
+    torch.clear_autocast_cache()  # what it has converted before would look like tensors from outside
     recorder = _Recorder(tensors)
     if transform_level() or dual_level_is_open():
         # One more level: whatever is computed from the arguments, even out of the mode's sight, now lives on it.

@@ -37,6 +37,7 @@ class JacobianOperator(LinearOperator):
         ``without_graph``: the same residual of constants; by default it is the residual.
         """
         self._matrices, self._without_graph = matrices, without_graph or residual
+        self._function = residual
         with torch.enable_grad():
             self._x = x.detach().requires_grad_()
             self._residual = residual(self._x)
@@ -90,6 +91,17 @@ class JacobianOperator(LinearOperator):
         return TraceableJacobian(self._without_graph, self._x.detach(), self)
 
     @timed("matrix of A")
+    def in_precision(self, dtype: torch.dtype) -> LinearOperator:
+        """By a second graph, recorded under autocast: what F keeps for the products is then in that dtype already."""
+
+        def residual(x: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, dtype):
+                return self._function(x).to(x.dtype)
+
+        operator = JacobianOperator(residual, self._x, self.structure)
+        operator.origin = self.origin
+        return operator
+
     def to_dense(self) -> Tensor:
         m, n = self.shape
         if 0 in self.shape:

@@ -153,6 +153,9 @@ class _SharedOperator(LinearOperator):
     def diagonal(self) -> Tensor:
         return self._spread(self.A.diagonal(), trailing=1)
 
+    def in_precision(self, dtype: torch.dtype) -> LinearOperator:
+        return _SharedOperator(self.A.in_precision(dtype), self.shared, torch.Size((*self.batch_shape, 0)))
+
     def _spread(self, value: Tensor, trailing: int) -> Tensor:
         for place, is_shared in enumerate(self.shared):
             if is_shared:

@@ -35,6 +35,7 @@ ROWS = (
         "linear_solvers.jacobian_free",
         "linear_solvers.lsmr",
         "linear_solvers.minres",
+        "linear_solvers.mixed_precision",
         "linear_solvers.neumann",
         "linear_solvers.normal_cg",
         "linear_solvers.one_step",

@@ -17,7 +17,7 @@ ROOT_NAMES = {
     *("LinearOperator", "LinearSolver", "IterativeLinearSolver"),
     *("CG", "MINRES", "GMRES", "Neumann", "Dense", "Auto"),
     *("SolveInfo", "Solution", "LinearSolution", "Status"),
-    *("BiCGStab", "LSMR", "NormalCG", "SciPy", "OneStep", "JacobianFree"),
+    *("BiCGStab", "LSMR", "MixedPrecision", "NormalCG", "SciPy", "OneStep", "JacobianFree"),
     *("DEQ", "LeastSquaresLayer", "QPLayer", "SinkhornLayer", "SemidualNewton"),
     *("bilevel", "cones", "projections", "prox"),
     *("ConvergenceError", "ConvergenceWarning", "ImplicitDiffError"),

@@ -94,7 +94,7 @@ class InUnitsOfG(idf.LinearSolver):
         solution = self.solver.solve(A, scale * b, None if x0 is None else scale * x0)
         self.info = info = solution.info
         self.bound = info.residual_norm * torch.linalg.vector_norm(scale * b, dim=-1)
-        if self.rtol == 0 and not bool(info.converged.all()):
+        if self.rtol == 0 < self.atol and not bool(info.converged.all()):
             # Under δ′. What a solve that was stopped reports may be the residual of a recursion.
             true = torch.linalg.vector_norm(scale * b - A(solution.value), dim=-1)
             self.bound = torch.where(info.converged, self.bound, true)

@@ -11,7 +11,7 @@ import implicitdiff as idf
 
 from ..tasks import Task
 from .accuracy import Solves, check_delta, with_delta_prime
-from .learner import Examples, Learner, Loss, MetaLoss, Parameters
+from .learner import Examples, Learner, Loss, MetaLoss, Parameters, as_parameters, as_vector
 from .regularization import GivenRegularization, per_parameter
 
 
@@ -70,15 +70,18 @@ class IMAML(Learner):
         self._linear_solver = with_delta_prime(self.layer.linear_solver, delta_prime)
         self.delta, self.delta_prime = check_delta(delta, self._inner_solver), delta_prime
         self._latest: Solves | None = None
+        self._theta: Parameters = {}
         self._solves: list[Solves] = []
 
     def adapted(self, support: Examples) -> Parameters:
         theta, strengths = self.meta_parameters(), self._strengths()
         solves = self._latest = Solves(strengths, self._inner_solver, self._linear_solver, self.delta)
         self.layer.inner_solver, self.layer.linear_solver = solves.inner_solver, solves.linear_solver
-        solution = self.layer.solve(theta, theta, strengths, support)
+        # As vectors, since the terms of each parameter on its own cost as much as the network.
+        start, self._theta = as_vector(theta), theta
+        solution = self.layer.solve(start, start, _as_one(strengths, theta), support)
         solves.forward = solution.forward
-        return solution.value
+        return as_parameters(solution.value, theta)
 
     def meta_step(self, tasks: Task | list[Task]) -> MetaLoss:
         self._solves = []
@@ -126,6 +129,17 @@ class IMAML(Learner):
         """λ by parameter."""
         return per_parameter(self.regularization(), self.meta_parameters())
 
-    def _regularized_loss(self, phi: Parameters, theta: Parameters, strengths: Parameters, support: Examples) -> Tensor:
-        pull = sum((strengths[name] * (phi[name] - theta[name]) ** 2).sum() for name in phi)
-        return self._support_loss(phi, support) + 0.5 * pull
+    def _regularized_loss(self, phi: Tensor, theta: Tensor, strengths: Tensor, support: Examples) -> Tensor:
+        loss = self._support_loss(as_parameters(phi, self._theta), support)
+        # Unlike a power, mse_loss has derivatives of one pass each.
+        if strengths.ndim:
+            return loss + 0.5 * (strengths * nn.functional.mse_loss(phi, theta, reduction="none")).sum()
+        return loss + 0.5 * strengths * nn.functional.mse_loss(phi, theta, reduction="sum")
+
+
+def _as_one(strengths: Parameters, parameters: Parameters) -> Tensor:
+    """λ as a scalar where it is the same one for all parameters, otherwise as a vector like theirs."""
+    first, *others = strengths.values()
+    if not first.ndim and all(value is first for value in others):
+        return first
+    return as_vector({name: value.expand_as(parameters[name]) for name, value in strengths.items()})

@@ -122,6 +122,17 @@ class Learner(nn.Module):
         return functional_call(self.model, parameters, (seen,))
 
 
+def as_vector(parameters: Parameters) -> Tensor:
+    """All parameters in one vector (n,)."""
+    return torch.cat([p.reshape(-1) for p in parameters.values()])
+
+
+def as_parameters(vector: Tensor, like: Parameters) -> Parameters:
+    """The parts of a vector (n,), by the names of the parameters and in their shapes and dtypes."""
+    parts = vector.split([p.numel() for p in like.values()])
+    return {name: part.reshape(p.shape).to(p.dtype) for part, (name, p) in zip(parts, like.items(), strict=True)}
+
+
 def each(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function for every task of a batch: vmap, but for a single task, which costs less time and memory without."""
 

@@ -91,8 +91,10 @@ def per_parameter(given: Any, parameters: Parameters) -> Parameters:
     """
     if isinstance(given, Mapping) and given.keys() != parameters.keys():
         raise ValueError(f"regularization has the names {sorted(given)}, but the parameters are {sorted(parameters)}.")
-    values = given if isinstance(given, Mapping) else dict.fromkeys(parameters, given)
-    strengths = {name: torch.as_tensor(values[name], dtype=p.dtype, device=p.device) for name, p in parameters.items()}
+    if not isinstance(given, Mapping):
+        first = next(iter(parameters.values()))
+        given = dict.fromkeys(parameters, torch.as_tensor(given, dtype=first.dtype, device=first.device))
+    strengths = {name: torch.as_tensor(given[name], dtype=p.dtype, device=p.device) for name, p in parameters.items()}
     for name, value in strengths.items():
         if value.ndim and value.shape != parameters[name].shape:
             raise ValueError(

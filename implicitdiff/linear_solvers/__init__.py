@@ -10,6 +10,7 @@ from .iterative import IterativeLinearSolver
 from .jacobian_free import JacobianFree
 from .lsmr import LSMR
 from .minres import MINRES
+from .mixed_precision import MixedPrecision
 from .neumann import Neumann
 from .normal_cg import NormalCG
 from .one_step import OneStep
@@ -26,6 +27,7 @@ __all__ = [
     "IterativeLinearSolver",
     "JacobianFree",
     "LinearSolver",
+    "MixedPrecision",
     "Neumann",
     "NormalCG",
     "OneStep",

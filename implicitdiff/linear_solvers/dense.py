@@ -87,8 +87,8 @@ class Dense(LinearSolver):
         if 0 in (*system.shape, *b.shape):
             return b.new_zeros(*b.shape[:-1], system.shape[1]), False, None
         if self._has_one_operator and self._kept is not None and self._kept[0] == _key(system):
-            inverse = self._kept[2]
-            return inverse.apply(b, self._is_adjoint_of_kept(system)), inverse.is_pseudo, None
+            kept = self._kept[2]
+            return kept.apply(b, self._is_adjoint_of_kept(system)), kept.is_pseudo, None
         matrix = system.to_dense()
         inverse = _inverse(matrix, system.is_symmetric) if system.is_square else None
         if inverse is None and not (system.is_square and bool(matrix.isfinite().all())):

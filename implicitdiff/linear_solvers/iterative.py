@@ -119,10 +119,7 @@ class IterativeLinearSolver(LinearSolver):
         return state.x
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
-        system = System(A, b)
-        if self.preconditioner is not None:
-            timed_part = timed("preconditioner")
-            system.precondition = timed_part(timed_part(self.preconditioner)(self.preconditioned(system)))
+        system = self._system(A, b)
         norm = scaled_norm(b)
         # Unit norm inside, so that a cotangent of 1e-30 is solved as well as one of 1.
         scale = torch.where(norm > 0, norm, 1).unsqueeze(-1)
@@ -144,6 +141,15 @@ class IterativeLinearSolver(LinearSolver):
             iterations, residual, converged, status, system.matvecs, self.name, lanczos=lanczos, scale=norm
         )
         return LinearSolution(value, info)
+
+    def _system(self, A: LinearOperator, b: Tensor) -> System:
+        """The system as this solver works with it."""
+        system = System(A, b)
+        system.in_place = system.in_place and not self.compile and (self.check_every or every(system.device)) == 1
+        if self.preconditioner is not None:
+            timed_part = timed("preconditioner")
+            system.precondition = timed_part(timed_part(self.preconditioner)(self.preconditioned(system)))
+        return system
 
     def _last_start(self, b: Tensor, n: int) -> Tensor | None:
         last = self._last
@@ -169,7 +175,6 @@ class IterativeLinearSolver(LinearSolver):
         self, A: System, b: Tensor, x: Tensor | None, threshold: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Lanczos | None]:
         """Iterate until the *true* residual is small, restarting where the recursive one had drifted from it."""
-        A.in_place = A.in_place and not self.compile and (self.check_every or every(A.device)) == 1
         budget, from_zero = self.max_iterations or max(100, 10 * b.shape[-1]), x is None
         ended = self._iterate(A, self.start(A, b, x), threshold, budget)
         x, done, status, best = self.finish(A, ended.state), ended.iterations, ended.status, None

@@ -152,6 +152,14 @@ class LinearOperator(ABC):
         eye = torch.eye(n, dtype=self.dtype, device=self.device)
         return eye.reshape(n, *(1 for _ in self.batch_shape), n).expand(n, *self.batch_shape, n)
 
+    def in_precision(self, dtype: torch.dtype) -> LinearOperator:
+        """The operator with its products computed in a lower precision, on vectors of the dtype that it takes itself.
+
+        By ``torch.autocast``, unless the operator knows better: matrix products are computed in ``dtype``, and what
+        autocast leaves alone is left alone, such as sums and all of float64.
+        """
+        return _Autocast(self, dtype)
+
     def __repr__(self) -> str:
         batch = f", batch_shape={self.batch_shape}" if self.batch_shape else ""
         return f"{type(self).__name__}(n={self.shape[0]}, structure={self.structure!r}{batch})"
@@ -191,6 +199,31 @@ class DenseOperator(LinearOperator):
 
     def diagonal(self) -> Tensor:
         return self.matrix.diagonal(dim1=-2, dim2=-1)
+
+    def in_precision(self, dtype: torch.dtype) -> LinearOperator:
+        return _Rounded(self, dtype)
+
+
+class _Rounded(LinearOperator):
+    """A matrix converted to another dtype once, where autocast would convert it in each product."""
+
+    def __init__(self, A: DenseOperator, dtype: torch.dtype) -> None:
+        super().__init__(A.shape, structure=A.structure, batch_shape=A.batch_shape, dtype=A.dtype, device=A.device)
+        self.low, self.origin = DenseOperator(A.matrix.to(dtype), A.structure), A.origin
+
+    diagonal_is_cheap = True
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.low.matvec(v.to(self.low.dtype)).to(v.dtype)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return self.low.rmatvec(v.to(self.low.dtype)).to(v.dtype)
+
+    def to_dense(self) -> Tensor:
+        return self.low.matrix.to(self.dtype)
+
+    def diagonal(self) -> Tensor:
+        return self.low.diagonal().to(self.dtype)
 
 
 class FunctionOperator(LinearOperator):
@@ -261,6 +294,25 @@ class Transpose(LinearOperator):
     def diagonal(self) -> Tensor:
         return self.A.diagonal().conj()
 
+    def in_precision(self, dtype: torch.dtype) -> LinearOperator:
+        return self.A.in_precision(dtype).T
+
+
+class _Autocast(LinearOperator):
+    """An operator whose products run under ``torch.autocast``."""
+
+    def __init__(self, A: LinearOperator, dtype: torch.dtype) -> None:
+        super().__init__(A.shape, structure=A.structure, batch_shape=A.batch_shape, dtype=A.dtype, device=A.device)
+        self.A, self.origin, self.low = A, A.origin, dtype
+
+    def matvec(self, v: Tensor) -> Tensor:
+        with torch.autocast(v.device.type, self.low):
+            return self.A.matvec(v).to(v.dtype)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        with torch.autocast(v.device.type, self.low):
+            return self.A.rmatvec(v).to(v.dtype)
+
 
 class _Sum(LinearOperator):
     def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
@@ -282,6 +334,9 @@ class _Sum(LinearOperator):
     def diagonal(self) -> Tensor:
         return self.A.diagonal() + self.B.diagonal()
 
+    def in_precision(self, dtype: torch.dtype) -> LinearOperator:
+        return _Sum(self.A.in_precision(dtype), self.B.in_precision(dtype))
+
 
 class _Product(LinearOperator):
     def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
@@ -297,6 +352,9 @@ class _Product(LinearOperator):
 
     def rmatvec(self, v: Tensor) -> Tensor:
         return self.B.rmatvec(self.A.rmatvec(v))
+
+    def in_precision(self, dtype: torch.dtype) -> LinearOperator:
+        return _Product(self.A.in_precision(dtype), self.B.in_precision(dtype))
 
 
 class _Affine(LinearOperator):
@@ -330,6 +388,9 @@ class _Affine(LinearOperator):
 
     def diagonal(self) -> Tensor:
         return _column(self.factor) * self.A.diagonal() + _column(self.shift_by)
+
+    def in_precision(self, dtype: torch.dtype) -> LinearOperator:
+        return _Affine(self.A.in_precision(dtype), self.factor, self.shift_by)
 
 
 def _common(A: LinearOperator, B: LinearOperator) -> dict[str, Any]:

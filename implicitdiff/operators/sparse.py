@@ -115,10 +115,11 @@ def _gathered(rows: Tensor, columns: Tensor, values: Tensor, m: int, v: Tensor) 
 
 
 def _multiplied(matrix: Tensor, v: Tensor) -> Tensor:
-    """The fast product."""
-    if v.ndim == 1:
-        return matrix @ v
-    return (matrix @ v.reshape(-1, matrix.shape[1]).mT).mT.reshape(*v.shape[:-1], matrix.shape[0])
+    """The fast product; it knows no lower precision, and inside autocast it would fail."""
+    with torch.autocast(v.device.type, enabled=False):
+        if v.ndim == 1:
+            return matrix @ v
+        return (matrix @ v.reshape(-1, matrix.shape[1]).mT).mT.reshape(*v.shape[:-1], matrix.shape[0])
 
 
 def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -11,6 +11,7 @@ from torch.func import functional_call, grad, hessian
 
 import implicitdiff as idf
 from imaml import IMAML, MAML, Reptile
+from imaml.learners.accuracy import InUnitsOfG
 from imaml.models import MLP
 from imaml.tasks import LinearRegression, Sinusoids, Task
 from implicitdiff.inner_solvers import LBFGS, NewtonCG
@@ -71,6 +72,34 @@ def test_the_meta_gradient_is_lemma_1(kind: str, per_parameter: bool) -> None:
         support, query = (tuple(t[i] for t in part) for part in tasks)
         want += lemma_1(model, learner.adapt(support), support, query, lam) / 3
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["scalar tensor", "by name", "by entry"])
+def test_one_strength_may_be_given_in_every_form(form: str) -> None:
+    model, tasks = model_and_tasks("mlp")
+    parameters = dict(model.named_parameters())
+    strengths = {
+        "scalar tensor": torch.tensor(0.7, dtype=D),
+        "by name": dict.fromkeys(parameters, 0.7),
+        "by entry": {n: torch.full_like(p, 0.7) for n, p in parameters.items()},
+    }[form]
+    want = gradients(IMAML(model, nn.functional.mse_loss, **exact(regularization=0.7)), tasks)
+    got = gradients(IMAML(model, nn.functional.mse_loss, **exact(regularization=strengths)), tasks)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_without_delta_prime_the_linear_solver_makes_its_own_products_only() -> None:
+    products = 0
+
+    def product(v: Tensor) -> Tensor:
+        nonlocal products
+        products += 1
+        return v * torch.arange(1.0, 6.0, dtype=D)
+
+    A = idf.operators.FunctionOperator(product, 5, structure="positive_definite")
+    solver = InUnitsOfG(idf.CG(rtol=0.0, max_iterations=2, on_failure="ignore"), 1.0)
+    solver.solve(A, torch.ones(5, dtype=D))
+    assert products == 2
 
 
 def test_closed_form_of_linear_regression() -> None:

@@ -68,6 +68,9 @@ SOLVERS = {
     "SciPy: bicgstab": Entry(partial(idf.SciPy, "bicgstab"), WELL_CONDITIONED, iterative=False),
     "Neumann": Entry(lambda **s: idf.Neumann(terms=80, **s), {"empty", "contraction"}, iterative=False),
     "Dense": Entry(idf.Dense, ALL, iterative=False),
+    "MixedPrecision": Entry(
+        lambda **s: idf.MixedPrecision(idf.CG(**s)), DEFINITE - {"Poisson"}, iterative=False
+    ),
     "Auto": Entry(idf.Auto, ALL, iterative=False),
     "a user's own": Entry(MinimalResidual, WELL_CONDITIONED),
 }

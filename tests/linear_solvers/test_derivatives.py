@@ -24,6 +24,7 @@ SOLVERS: dict[str, tuple[Any, Any]] = {
     "LSMR": (idf.LSMR, "general"),
     "SciPy": (lambda **s: idf.SciPy("lsmr", **s), "general"),
     "Dense": (idf.Dense, "general"),
+    "MixedPrecision": (lambda **s: idf.MixedPrecision(idf.CG(**s)), "positive_definite"),
     "Neumann": (lambda **s: idf.Neumann(terms=40, scale=1.0, **s), "general"),
     "a user's own": (MinimalResidual, "general"),
 }
