@@ -90,7 +90,6 @@ class JacobianOperator(LinearOperator):
     def traceable(self) -> LinearOperator:
         return TraceableJacobian(self._without_graph, self._x.detach(), self)
 
-    @timed("matrix of A")
     def in_precision(self, dtype: torch.dtype) -> LinearOperator:
         """By a second graph, recorded under autocast: what F keeps for the products is then in that dtype already."""
 
@@ -102,6 +101,7 @@ class JacobianOperator(LinearOperator):
         operator.origin = self.origin
         return operator
 
+    @timed("matrix of A")
     def to_dense(self) -> Tensor:
         m, n = self.shape
         if 0 in self.shape:

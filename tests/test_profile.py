@@ -256,9 +256,9 @@ def test_the_matrix_of_a_small_system(clock: Clock) -> None:
     with Profile() as profile:
         x.backward()
     (backward,) = profile.solves
-    matrix, products = backward.parts["matrix of A"], backward.parts["products"]
+    matrix = backward.parts["matrix of A"]
     assert (matrix.calls, matrix.seconds) == (1, 7)  # one sweep for all rows
-    assert (products.calls, products.seconds) == (1, 7)  # for the true residual
+    assert "products" not in backward.parts  # the true residual is that of the matrix
 
 
 def test_the_products_of_an_operator_of_the_user_s(clock: Clock) -> None:
@@ -273,8 +273,9 @@ def test_the_products_of_an_operator_of_the_user_s(clock: Clock) -> None:
         (solves,) = profile.solves
         matrix = calls(solves).get("matrix of A", 0)
         assert matrix == (1 if isinstance(solver, idf.Dense) else 0)
-        assert calls(solves)["products"] + 2 * matrix == found.info.matvecs > 2
-        assert sum(seconds(solves).values()) == seconds(solves)["products"] + 4 * matrix == 2 * found.info.matvecs
+        assert calls(solves).get("products", 0) + 2 * matrix == found.info.matvecs >= 2
+        taken = seconds(solves).get("products", 0.0) + 4 * matrix
+        assert sum(seconds(solves).values()) == taken == 2 * found.info.matvecs
 
 
 def test_a_newton_solver_s_systems_are_parts_of_the_forward_solve(clock: Clock) -> None:

@@ -165,7 +165,8 @@ class InnerSolver(ABC):
         return torch.finfo(initial.dtype).eps ** 0.5 * initial.clamp(min=1.0).nan_to_num(1.0)
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        given = {k: v for k, v in vars(self).items() if not (k.startswith("_") or v is None or v is False)}
+        settings = ", ".join(f"{k}={v!r}" for k, v in given.items())
         return f"{type(self).__name__}({settings})"
 
 

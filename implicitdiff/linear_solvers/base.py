@@ -115,7 +115,8 @@ class LinearSolver(ABC):
         return LinearSolution(value, kept.info)
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        given = {k: v for k, v in vars(self).items() if not (k.startswith("_") or v is None or v is False)}
+        settings = ", ".join(f"{k}={v!r}" for k, v in given.items())
         return f"{self.name}({settings})"
 
     def _info(
