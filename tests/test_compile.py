@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -39,9 +40,13 @@ def same_reports(one: idf.SolveInfo, other: idf.SolveInfo) -> None:
     torch.testing.assert_close(one.residual_norm, other.residual_norm, rtol=1e-6, atol=1e-12, equal_nan=True)
 
 
+NEEDS_COMPILER = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler"
+)
 SLOW = pytest.mark.slow  # a compilation each
 
 
+@NEEDS_COMPILER
 @pytest.mark.parametrize(
     "solver",
     [idf.CG, pytest.param(idf.MINRES, marks=SLOW), pytest.param(idf.BiCGStab, marks=SLOW)],
@@ -65,6 +70,7 @@ def test_linear_solves_have_the_same_numbers_and_reports(solver: Any) -> None:
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
+@NEEDS_COMPILER
 def test_how_a_compiled_solve_ends() -> None:
     indefinite = torch.diag(torch.tensor([1.0, 2.0, -3.0, 4.0, 5.0, 6.0], dtype=torch.float64))
     A = DenseOperator(torch.stack([definite(), indefinite, definite() * torch.nan]), "symmetric")
@@ -112,6 +118,7 @@ LAYERS: dict[str, tuple[Callable[[bool], idf.ArgminLayer | idf.FixedPointLayer],
 }
 
 
+@NEEDS_COMPILER
 @pytest.mark.parametrize("name", [name if name == "iteration" else pytest.param(name, marks=SLOW) for name in LAYERS])
 def test_layers_have_the_same_solutions_reports_and_derivatives(name: str) -> None:
     make, x0, arg = LAYERS[name]
@@ -133,6 +140,7 @@ def test_layers_have_the_same_solutions_reports_and_derivatives(name: str) -> No
         torch.testing.assert_close(batched[0], want, rtol=1e-8, atol=1e-12)
 
 
+@NEEDS_COMPILER
 def test_what_a_function_closes_over_is_not_frozen() -> None:
     target = torch.ones(2, dtype=torch.float64)
 
@@ -147,6 +155,7 @@ def test_what_a_function_closes_over_is_not_frozen() -> None:
 
 
 @SLOW
+@NEEDS_COMPILER
 def test_a_module_and_its_parameters() -> None:
     class Distance(nn.Module):
         def __init__(self) -> None:
@@ -203,6 +212,7 @@ def test_what_cannot_be_compiled_goes_on_with_one_warning(name: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(x.sum(), t)[0], torch.ones(2, dtype=torch.float64))
 
 
+@NEEDS_COMPILER
 def test_a_failed_compilation_leaves_the_process_healthy() -> None:
     layer = idf.ArgminLayer(branching, inner_solver=GradientDescent(0.4, compile=True))
     t = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -232,6 +242,7 @@ def test_gmres_says_at_once_that_it_is_not_compiled() -> None:
     torch.testing.assert_close(definite() @ solution.value, b, rtol=1e-8, atol=1e-9)
 
 
+@NEEDS_COMPILER
 def test_a_layer_inside_the_users_torch_compile() -> None:
     layer = idf.RootLayer(lambda x, y: x * x - y)
 
