@@ -52,8 +52,14 @@ def markdown(rows: list[Row], about: dict[str, object]) -> str:
             if row.seconds is None or row.ratio is None:
                 parts.append(f"| {name} | not timed | | {error} |\n")
             else:
-                parts.append(f"| {name} | {row.ratio:.2f} | {1e3 * row.seconds:.3g} | {error} |\n")
+                parts.append(f"| {name} | {row.ratio:.2f} | {milliseconds(row.seconds)} | {error} |\n")
     return "".join(parts)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, and never an exponent."""
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _version(package: str) -> str | None:
