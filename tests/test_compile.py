@@ -34,10 +34,10 @@ def compilations() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def same_reports(one: idf.SolveInfo, other: idf.SolveInfo) -> None:
+def same_reports(one: idf.SolveInfo, other: idf.SolveInfo, atol: float = 1e-12) -> None:
     for name in ("iterations", "status", "converged"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
-    torch.testing.assert_close(one.residual_norm, other.residual_norm, rtol=1e-6, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(one.residual_norm, other.residual_norm, rtol=1e-6, atol=atol, equal_nan=True)
 
 
 NEEDS_COMPILER = pytest.mark.skipif(
@@ -49,7 +49,11 @@ SLOW = pytest.mark.slow  # a compilation each
 @NEEDS_COMPILER
 @pytest.mark.parametrize(
     "solver",
-    [idf.CG, pytest.param(idf.MINRES, marks=SLOW), pytest.param(idf.BiCGStab, marks=SLOW)],
+    [
+        idf.CG,
+        pytest.param(idf.MINRES, marks=SLOW),
+        *(pytest.param(s, marks=SLOW) for s in (idf.BiCGStab, idf.NormalCG, idf.LSMR)),
+    ],
     ids=lambda s: s.__name__,
 )
 def test_linear_solves_have_the_same_numbers_and_reports(solver: Any) -> None:
@@ -61,11 +65,12 @@ def test_linear_solves_have_the_same_numbers_and_reports(solver: Any) -> None:
         A = DenseOperator(scale * definite(3), "positive_definite")
         want, got = eager(A, b), compiled(A, b)
         torch.testing.assert_close(got.value, want.value, rtol=1e-9, atol=1e-12)
-        same_reports(got.info, want.info)
+        # The last of n steps leaves what rounding does, which normal equations amplify: far below the 1e-8 asked for.
+        same_reports(got.info, want.info, atol=1e-9)
         assert got.info.matvecs == want.info.matvecs
         assert before in (0, compilations())
         before = compilations()
-    if solver is not idf.BiCGStab:
+    if solver in (idf.CG, idf.MINRES):
         for one, other in zip(got.info.eigenvalue_range, want.info.eigenvalue_range, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9, equal_nan=True)
 
