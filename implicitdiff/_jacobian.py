@@ -21,7 +21,7 @@ TALL = 4
 class JacobianOperator(LinearOperator):
     """The Jacobian of ``residual`` at x of shape (*batch, n), block by block; (m, n) for a residual of (*batch, m).
 
-    For code on plain tensors only: it calls ``torch.autograd.grad``, which torch.func's transforms do not follow.
+    For code on plain tensors only: it differentiates by torch.autograd, which torch.func's transforms do not follow.
     """
 
     @timed("building A")
@@ -121,7 +121,7 @@ class JacobianOperator(LinearOperator):
 
 
 class TraceableJacobian(LinearOperator):
-    """The same by torch.func, which torch.compile follows."""
+    """The same by torch.func, which torch.compile follows; products are those of :meth:`opened`."""
 
     def __init__(self, residual: Callable[[Tensor], Tensor], x: Tensor, like: LinearOperator) -> None:
         super().__init__(

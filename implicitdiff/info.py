@@ -186,7 +186,7 @@ class RecordedSolve:
         return getattr(self.info, name)
 
 
-_histories: list[Any] = []
+histories: list[Any] = []
 """What takes the reports: lists, and whatever else has ``append``."""
 
 
@@ -205,17 +205,17 @@ def record() -> Iterator[list[RecordedSolve]]:
     ['forward', 'backward']
     """
     history: list[RecordedSolve] = []
-    _histories.append(history)
+    histories.append(history)
     try:
         yield history
     finally:
         # By identity: two histories with equal entries compare equal.
-        _histories[:] = [other for other in _histories if other is not history]
+        histories[:] = [other for other in histories if other is not history]
 
 
 def report(kind: str, info: SolveInfo, policy: FailurePolicy) -> None:
     """Enter a finished solve into the open histories, and warn or raise as the policy says where a system failed."""
-    for history in _histories:
+    for history in histories:
         history.append(RecordedSolve(kind, info))
     if policy == "ignore" or bool(info.converged.all()):
         return

@@ -89,7 +89,7 @@ def one(profile: Profile, kind: str) -> Solves:
 
 
 def nobody_measures() -> bool:
-    return not _timing.watchers and not info._histories
+    return not _timing.watchers and not info.histories
 
 
 # ------------------------------------------------------------------------------------------------------------ the parts

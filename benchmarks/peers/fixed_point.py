@@ -17,7 +17,7 @@ from torch import Tensor
 import implicitdiff as idf
 from implicitdiff.inner_solvers import Anderson, Broyden, FixedPointIteration
 
-from .timing import Row, Way, can_compile, compare, importable, jax_arrays, one_thread, ready
+from .timing import Row, Way, compare, importable, jax_arrays, one_thread, ready
 
 BATCH, DIMENSION = 64, 512
 RTOL = 1e-5
@@ -85,7 +85,7 @@ def ours(args: list[Tensor], g: Tensor) -> dict[str, Way]:
         return ready(lambda: torch.autograd.grad(layer(zero, injection(*others)), args, g))
 
     gmres, per_sample = idf.GMRES(rtol=RTOL), tol / BATCH**0.5
-    ways = {
+    return {
         "implicitdiff, iteration, Neumann": layer(FixedPointIteration(tol=tol), idf.Neumann(terms=30, rtol=1e-4)),
         "implicitdiff, iteration, GMRES": layer(FixedPointIteration(tol=tol), gmres),
         "implicitdiff, iteration, BiCGStab": layer(FixedPointIteration(tol=tol), idf.BiCGStab(rtol=RTOL)),
@@ -94,12 +94,10 @@ def ours(args: list[Tensor], g: Tensor) -> dict[str, Way]:
         "implicitdiff, DEQ, iteration, GMRES": deq(FixedPointIteration(tol=per_sample), gmres),
         "implicitdiff, DEQ, default (Anderson, Auto)": deq(Anderson(tol=per_sample), idf.Auto(rtol=RTOL)),
         "implicitdiff, DEQ, Broyden, GMRES": deq(Broyden(tol=per_sample), gmres),
-    }
-    if can_compile(FixedPointIteration) and can_compile(idf.BiCGStab):
-        ways["implicitdiff, iteration, BiCGStab, compiled"] = layer(
+        "implicitdiff, iteration, BiCGStab, compiled": layer(
             FixedPointIteration(tol=tol, compile=True), idf.BiCGStab(rtol=RTOL, compile=True)
-        )
-    return ways
+        ),
+    }
 
 
 def torchdeq_ways(args: list[Tensor], g: Tensor) -> dict[str, Way]:

@@ -19,7 +19,7 @@ import implicitdiff as idf
 from implicitdiff.inner_solvers import LBFGS
 
 from ..problems import Workload, logistic
-from .timing import Row, Way, can_compile, compare, importable, jax_arrays, one_thread, ready
+from .timing import Row, Way, compare, importable, jax_arrays, one_thread, ready
 
 RTOL = 1e-6
 TOL = 1e-8
@@ -201,9 +201,8 @@ def backward(m: int, n: int) -> list[Row]:
         "bare products": bare_products(work, count, g),
         "implicitdiff, CG": ours_backward(work, g, idf.CG(rtol=RTOL)),
         "implicitdiff, default (Auto)": ours_backward(work, g, idf.Auto(rtol=RTOL)),
+        "implicitdiff, CG, compiled": ours_backward(work, g, idf.CG(rtol=RTOL, compile=True)),
     }
-    if can_compile(idf.CG):
-        ways["implicitdiff, CG, compiled"] = ours_backward(work, g, idf.CG(rtol=RTOL, compile=True))
     if importable("torchopt"):
         solve = torchopt_solver(work, lambda x0: work.x.clone())
 
@@ -275,12 +274,10 @@ def both(m: int, n: int) -> list[Row]:
         "by hand, LBFGS of torch": ready(lambda: by_hand(work, lbfgs_of_torch(work, zero), g)),
         "implicitdiff, default (LBFGS, Auto)": ours(inner_solver=LBFGS(history=HISTORY, tol=TOL)),
         "implicitdiff, NewtonCG": ours(inner_solver=idf.inner_solvers.NewtonCG(tol=TOL)),
+        "implicitdiff, LBFGS, CG compiled": ours(
+            inner_solver=LBFGS(history=HISTORY, tol=TOL), linear_solver=idf.CG(rtol=RTOL, compile=True)
+        ),
     }
-    if can_compile(LBFGS):
-        compiled = LBFGS(history=HISTORY, tol=TOL, compile=True)
-        ways["implicitdiff, LBFGS, CG, compiled"] = ours(
-            inner_solver=compiled, linear_solver=idf.CG(rtol=RTOL, compile=True)
-        )
     if importable("torchopt"):
         solve = torchopt_solver(work, lambda x0: lbfgs_of_torch(work, x0))
         ways["torchopt, LBFGS of torch"] = ready(lambda: torch.autograd.grad(solve(), penalties, g))

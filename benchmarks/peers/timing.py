@@ -6,7 +6,6 @@ The times are those of the clock, or with ``--cpu-time`` of the processor, for a
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import statistics
 import sys
@@ -67,11 +66,6 @@ def importable(*names: str) -> bool:
             print(f"left out: {name} ({error})", flush=True)
             return False
     return True
-
-
-def can_compile(solver: type) -> bool:
-    """Whether this version's solver takes ``compile=True``."""
-    return "compile" in inspect.signature(solver).parameters
 
 
 def compare(

@@ -7,7 +7,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .._vectors import vector_norm
-from ..info import FailurePolicy
 from .base import InnerProblem, InnerSolver
 
 
@@ -25,19 +24,6 @@ class FixedPointIteration(InnerSolver):
     >>> layer(torch.zeros((), dtype=torch.float64), 0.0).item()
     0.739085...
     """
-
-    def __init__(
-        self,
-        *,
-        tol: float | None = None,
-        max_iterations: int = 1000,
-        on_failure: FailurePolicy = "warn",
-        compile: bool = False,
-        check_every: int | None = None,
-    ) -> None:
-        super().__init__(
-            tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
-        )
 
     def start(self, problem: InnerProblem, x0: Tensor) -> FixedPointIterationState:
         residual = problem.residual(x0)

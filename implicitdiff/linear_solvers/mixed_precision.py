@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._iteration import Ended
-from .._vectors import scaled_norm, vector_norm
+from .._vectors import largest, scaled_norm, vector_norm
 from ..errors import ImplicitDiffError
 from ..info import RUNNING, LinearSolution, SolveInfo, Status
 from ..operators import LinearOperator
@@ -64,7 +64,7 @@ class MixedPrecision(LinearSolver):
         solver, system = self.linear_solver, System(A, b)
         low = solver._system(A.in_precision(self.dtype), b)
         norm = scaled_norm(b)
-        scale = torch.where((norm > 0) & norm.isfinite(), norm, 1).unsqueeze(-1)
+        scale = torch.where(norm > 0, norm, 1).unsqueeze(-1)
         unit, threshold = b / scale, self._threshold(norm)
         x0 = x0 / scale if x0 is not None else solver._last_start(b, A.shape[1])
         # b = 0 is solved exactly, by 0, whatever the start.
@@ -89,7 +89,7 @@ class MixedPrecision(LinearSolver):
         if solver.warm_start:
             solver._last = torch.where((residual < 1).unsqueeze(-1), x, 0)
         value = x * scale
-        overflown = ~value.isfinite().all(-1)
+        overflown = ~largest(value).isfinite()
         converged = (residual <= threshold) & ~overflown
         status = torch.where(converged, int(Status.CONVERGED), status)
         status = torch.where(overflown, int(Status.NON_FINITE), status)

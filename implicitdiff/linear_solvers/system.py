@@ -35,6 +35,7 @@ class System(LinearOperator):
         """v ↦ M⁻¹ v; the identity without a preconditioner."""
 
     def traceable(self) -> System:
+        """The same with products that torch.compile can follow."""
         part = System(self.A.traceable(), self._b, self.precondition)
         part.in_place = False
         return part

@@ -12,7 +12,7 @@ from time import perf_counter
 import torch
 
 from .._timing import Part, watchers
-from ..info import RecordedSolve, _histories
+from ..info import RecordedSolve, histories
 
 KINDS = ("forward", "backward", "tangent", "linear", "unfinished")
 WHOLE: tuple[Part, ...] = ("layer", "derivative", "linear solve")
@@ -103,14 +103,14 @@ class Profile:
 
     def __enter__(self) -> Profile:
         watchers.append(self)
-        _histories.append(self)
+        histories.append(self)
         self._began = _now()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.wall_seconds += _now() - self._began
         watchers.remove(self)
-        _histories.remove(self)
+        histories.remove(self)
 
     @property
     def seconds(self) -> float:

@@ -439,6 +439,7 @@ def test_a_module_of_a_layer_under_autocast_gets_its_gradient(used_before: bool)
     net, b = nn.Linear(N, N), random(13, N).float()
     with torch.no_grad():
         net.weight.mul_(0.5)
+    # Products in bfloat16 are good to two or three digits, so that no solve can be asked for more.
     layer = idf.FixedPointLayer(
         lambda z, b: torch.tanh(net(z) + b),
         inner_solver=idf.inner_solvers.FixedPointIteration(tol=3e-2),
