@@ -73,8 +73,12 @@ def _inductor_with_blas(graph: Any, inputs: Any) -> Any:
     """torch.compile's own backend, but for products of a matrix and a vector, which it writes out as slower loops."""
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import lowerings, make_fallback
 
     by_blas = (torch.ops.aten.mv.default, torch.ops.aten.addmv.default)
+    for op in by_blas:
+        if op not in lowerings:  # said aloud: where the variable CI is set, torch takes an implicit one for a mistake
+            make_fallback(op, override_decomp=True)
     rules = {op: rule for op, rule in select_decomp_table().items() if op not in by_blas}
     return compile_fx(graph, inputs, decompositions=rules)
 

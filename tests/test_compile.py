@@ -21,6 +21,12 @@ from implicitdiff.operators import DenseOperator, FunctionOperator
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
+@pytest.fixture(autouse=True)
+def strict_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch checks what it compiles more strictly where CI is set, as it is where most users' tests run."""
+    monkeypatch.setenv("CI", "true")
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
