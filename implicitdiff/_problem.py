@@ -27,7 +27,8 @@ from .conditions.proximal_gradient import ForwardBackward
 from .errors import ImplicitDiffError
 from .info import Solution, report
 from .least_squares import LeastSquares
-from .operators import LinearOperator, Origin, check_structure
+from .operators import LinearOperator
+from .operators.base import Origin, check_structure
 
 
 @dataclass(frozen=True)

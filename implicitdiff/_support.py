@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ._vectors import GOLDEN, SILVER, probe
-from .operators import LinearOperator, Origin
+from .operators import LinearOperator
+from .operators.base import Origin
 
 
 class Support:

@@ -27,7 +27,7 @@ from .info import FailurePolicy, Solution, SolveInfo
 from .inner_solvers.base import reported_at
 from .linear_solvers import Auto
 from .linear_solvers.base import as_linear_solver
-from .operators import check_structure
+from .operators.base import check_structure
 
 
 def attach(condition: Condition, x_star: Any, *args: Any, linear_solver: Any = None, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from .neumann import Neumann
 from .normal_cg import NormalCG
 from .one_step import OneStep
 from .scipy_solver import SciPy
+from .system import System
 
 __all__ = [
     "CG",
@@ -32,4 +33,5 @@ __all__ = [
     "NormalCG",
     "OneStep",
     "SciPy",
+    "System",
 ]

@@ -1,6 +1,6 @@
 """Linear operators: matrices known by their products with plain tensors of shape (*batch, n)."""
 
-from .base import DenseOperator, FunctionOperator, LinearOperator, Origin, Structure, Transpose, check_structure
+from .base import DenseOperator, FunctionOperator, LinearOperator, Structure, Transpose
 from .block_diagonal import BlockDiagonalOperator
 from .diagonal import DiagonalOperator
 from .low_rank import LowRankUpdate
@@ -13,9 +13,7 @@ __all__ = [
     "FunctionOperator",
     "LinearOperator",
     "LowRankUpdate",
-    "Origin",
     "SparseOperator",
     "Structure",
     "Transpose",
-    "check_structure",
 ]
