@@ -38,7 +38,7 @@ types: install
 	$(BIN)/mypy
 
 docs: $(VENV)/installed-docs
-	$(BIN)/sphinx-build --nitpicky --fail-on-warning --quiet docs docs/_build/html
+	$(BIN)/sphinx-build --jobs auto --nitpicky --fail-on-warning --quiet docs docs/_build/html
 	@echo "The pages are in docs/_build/html/index.html."
 
 # Beside other libraries, which have an environment of their own; all ways on one thread.

@@ -30,6 +30,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+nb_merge_streams = True
 
 html_theme = "furo"
 html_title = "implicitdiff"
@@ -46,8 +47,8 @@ python_maximum_signature_line_length = 80
 autodoc_default_options = {
     # What the parts of the library say to each other.
     "exclude-members": "accepts, add, append, apply, begin, blocks, compressed, cut, diagonal_is_cheap, drift, end, "
-    "estimated_distance, finish, first_product, from_entries, in_place, in_precision, is_preconditioned, lanczos, leave, "
-    "leave_inverse, notes, of_one_operator, opened, preconditioned, run, scale, solves_on_support, system, tallies, "
+    "estimated_distance, finish, first_product, from_entries, in_place, in_precision, is_preconditioned, lanczos, "
+    "leave, leave_inverse, notes, of_one_operator, opened, preconditioned, run, scale, solves_on_support, system, tallies, "
     "traceable, uncompilable",
 }
 
@@ -61,7 +62,8 @@ intersphinx_mapping = {
 }
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!implicitdiff|imaml).*"),
-    (r"py:.*", r"implicitdiff(\.\w+)*\._.*|.*State|.*ImplicitLayer|imaml\.config\..*|.*\.Source"),  # not public, or of one solver
+    # Not public, or of one solver alone.
+    (r"py:.*", r"implicitdiff(\.\w+)*\._.*|.*State|.*ImplicitLayer|imaml\.config\..*|.*\.Source"),
 ]
 
 # [source] links: to the repository, where SOURCE_URL gives the address that its files have there, as in

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 class MLP(nn.Sequential):
     """Fully connected layers of the given ``sizes``, with tanh between them.
 
-    Smooth, as implicit gradients use second derivatives. (batch, sizes[0]) → (batch, sizes[-1]).
+    Smooth, as implicit gradients use second derivatives. (batch, sizes[0]) → (batch, sizes[-1]); other shapes raise
+    torch's RuntimeError.
 
     >>> import torch
     >>> MLP([1, 40, 40, 1])(torch.zeros(7, 1)).shape

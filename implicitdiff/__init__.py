@@ -7,6 +7,8 @@
 tensor(0.2500)
 """
 
+from importlib import metadata as _metadata
+
 from . import (
     bilevel,
     conditions,
@@ -55,6 +57,11 @@ from .linear_solvers import (
     SciPy,
 )
 from .operators import LinearOperator
+
+try:
+    __version__ = _metadata.version("implicitdiff")
+except _metadata.PackageNotFoundError:  # run from a folder of its source
+    __version__ = "unknown"
 
 __all__ = [
     "CG",

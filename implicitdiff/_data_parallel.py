@@ -37,6 +37,7 @@ from torch.utils import _pytree as pytree
 
 from ._autograd import solution_of
 from ._captures import Capture, is_differentiated, is_transformed, plain_value
+from ._names import name_of
 from ._problem import ConditionProblem
 from ._tree import is_differentiable
 from .conditions import Condition
@@ -222,7 +223,7 @@ class Summed:
     """``function(x, *args)``, a scalar or a tree, summed over the ranks, each with data of its own."""
 
     def __init__(self, function: Callable[..., Any], ranks: Ranks) -> None:
-        self.ranks, self.__wrapped__ = ranks, function
+        self.ranks, self.__wrapped__, self.__name__ = ranks, function, name_of(function)
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if _alone.get() is self.ranks:

@@ -55,11 +55,14 @@ class Equations:
         assert self.minimised is not None
         args, kwargs = self.arguments.rebuild(tensors)
         value = _called(self.minimised, "the objective", self.vectorizer.unravel(x), *args, **kwargs)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+            is_tensor = isinstance(value, Tensor)
+            given = f"a {value.dtype} tensor of shape {tuple(value.shape)}" if is_tensor else repr(value)
             raise ImplicitDiffError(
-                f"the objective returned {given}, but it must return a scalar tensor: sum or average."
+                f"the objective returned {given}, but it must return a scalar tensor of a real floating-point dtype: "
+                f"sum or average, and take .real of a complex number."
             )
+        value = value.to(x.dtype.to_real())  # as residuals are: an argument may be of another precision
         return value if value.ndim == 0 else value.reshape(())
 
     def mapped(self, function: Callable[..., Any], numbers: int = 0) -> Callable[..., Tensor]:
@@ -94,7 +97,8 @@ def _called(function: Callable[..., Any], name: str, *args: Any, **kwargs: Any) 
             given = ", ".join([*(type(arg).__name__ for arg in args), *(f"{key}=…" for key in kwargs)])
             raise TypeError(
                 f"{name} takes {signature}, but it was called with {len(args) + len(kwargs)} arguments, ({given}): x "
-                f"first, for a prox the stepsize, then all args of the layer. Accept what it does not need as *args."
+                f"first, for a prox the stepsize, then all args of the layer, which is called as layer(init, *args). "
+                f"Accept what it does not need as *args."
             ) from error
         except ValueError:  # no signature to be had
             pass

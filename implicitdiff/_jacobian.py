@@ -49,6 +49,11 @@ class JacobianOperator(LinearOperator):
         """F(x), of shape (*batch, n)."""
         return self._residual.detach()
 
+    @property
+    def value_depends_on_x(self) -> bool:
+        """Whether the graph leads from the value to x, or to something else."""
+        return self._residual.requires_grad
+
     @timed("products")
     def rmatvec(self, v: Tensor) -> Tensor:
         return self._grad(self._residual, self._x, v)

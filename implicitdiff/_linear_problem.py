@@ -12,8 +12,12 @@ from torch import Tensor
 
 from ._autograd import Problem
 from ._timing import timed
+from ._vectors import dot, vector_norm
 from .info import LinearSolution, SolveInfo, Status, report
 from .operators import LinearOperator, Transpose
+
+FAR = 1e-2
+"""A solution that somebody else found may be off by so much, relative to its norm, before that is reported."""
 
 
 class OperatorFamily(Protocol):
@@ -77,7 +81,10 @@ def solve_and_report(
     """A u = b on plain tensors, its report entered into the records and acted on."""
     solution = _solution(solver, A, b, x0)
     if A.origin.kinks is not None:
-        solution = replace(solution, info=_not_smooth(solution.info, A.origin.kinks()))
+        solution = replace(solution, info=_but(solution.info, A.origin.kinks(), Status.NOT_SMOOTH))
+    if A.origin.unjudged is not None:
+        off = _is_no_solution(solver, A, A.origin.unjudged(), solution.value, b)
+        solution = replace(solution, info=_but(solution.info, off, Status.NOT_A_SOLUTION))
     if sink is not None and (left_for := sink()) is not None:
         left_for.backward = solution.info
     report(kind, solution.info, solver.on_failure)
@@ -90,8 +97,8 @@ def _solution(solver: Any, A: LinearOperator, b: Tensor, x0: Tensor | None) -> L
     support = A.origin.support() if A.origin.support is not None and solver.solves_on_support else None
     if support is None:
         return solver.solve(A, b, x0)
-    shared, transposed = (A.shared, A.A) if isinstance(A, _SharedOperator) else ((), A)
-    flag = isinstance(transposed, Transpose)
+    shared = A.shared if isinstance(A, _SharedOperator) else ()
+    flag = _is_transposed(A)
     K = _SharedOperator(support.operator, shared, b.shape) if any(shared) else support.operator
     reduced = solver.solve(K, _over_shared(lambda b: support.reduced(b, flag), (b,), shared), None)
     value = _over_shared(lambda w, b: support.full(w, b, flag), (reduced.value, b), shared)
@@ -99,12 +106,26 @@ def _solution(solver: Any, A: LinearOperator, b: Tensor, x0: Tensor | None) -> L
     return LinearSolution(value, replace(reduced.info, method=method))
 
 
-def _not_smooth(info: SolveInfo, kinks: Tensor) -> SolveInfo:
-    """The report where some systems lie at a kink."""
-    kinks = kinks.expand(info.status.shape) & info.converged
-    return replace(
-        info, converged=info.converged & ~kinks, status=torch.where(kinks, int(Status.NOT_SMOOTH), info.status)
-    )
+def _is_transposed(A: LinearOperator) -> bool:
+    return isinstance(A.A if isinstance(A, _SharedOperator) else A, Transpose)
+
+
+def _is_no_solution(solver: Any, A: LinearOperator, residual: Tensor, u: Tensor, b: Tensor) -> Tensor:
+    """Which systems' x is farther from the solution than ``FAR`` max(1, ‖x‖), as far as b can tell, (*batch,).
+
+    ``residual`` is F(x) / max(1, ‖x‖). In a backward pass, Aᵀ u = b, what is differentiated is off by
+    bᵀ(x − x*) ≈ bᵀ A⁻¹ F(x) = uᵀ F(x), which costs no product (the dual-weighted residual of Becker and Rannacher 2001).
+    Forward mode has no such u, unless A is symmetric: there A⁻¹ F(x) takes a solve of its own.
+    """
+    if A.is_symmetric or _is_transposed(A):
+        return dot(u, residual).abs() > FAR * vector_norm(b)
+    return vector_norm(_solution(solver, A, residual, None).value) > FAR
+
+
+def _but(info: SolveInfo, systems: Tensor, status: Status) -> SolveInfo:
+    """The report where some systems were solved, but have that status."""
+    systems = systems.expand(info.status.shape) & info.converged
+    return replace(info, converged=info.converged & ~systems, status=torch.where(systems, int(status), info.status))
 
 
 def _over_shared(function: Any, vectors: Sequence[Tensor], shared: Sequence[bool]) -> Tensor:
@@ -125,11 +146,12 @@ class _SharedOperator(LinearOperator):
         batch_shape = tuple(shape[:-1])
         super().__init__(A.shape, structure=A.structure, batch_shape=batch_shape, dtype=A.dtype, device=A.device)
         self.A, self.shared = A, tuple(shared)
-        inverse, kinks = A.origin.estimated_inverse, A.origin.kinks
+        inverse, kinks, unjudged = A.origin.estimated_inverse, A.origin.kinks, A.origin.unjudged
         self.origin = replace(
             A.origin,
             estimated_inverse=None if inverse is None else lambda v: _over_shared(inverse, (v,), self.shared),
             kinks=None if kinks is None else lambda: self._spread(kinks(), trailing=0),
+            unjudged=None if unjudged is None else lambda: self._spread(unjudged(), trailing=1),
         )
 
     def matvec(self, v: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from ._vectors import vector_norm
 from .conditions import FixedPoint, Stationary
 from .conditions.proximal_gradient import ForwardBackward
 from .errors import ImplicitDiffError
-from .info import Solution, report
+from .info import Solution, SolveInfo, report
 from .least_squares import LeastSquares
 from .operators import LinearOperator
 from .operators.base import Origin, check_structure
@@ -46,6 +46,8 @@ class ConditionProblem(Problem):
     """One entry per batch dimension, outermost first: which inputs have it."""
     inverses: list[LimitedMemory] = field(default_factory=list)
     """What the inner solver found of A⁻¹; the last one counts. Shared by all forms of this problem."""
+    unjudged: list[SolveInfo] = field(default_factory=list)
+    """The report of a solver that has a tolerance of its own. Shared by all forms of this problem."""
 
     @timed("inner solver")
     def solve(self, x0: Tensor | None, *inputs: Tensor) -> Tensor:
@@ -56,6 +58,8 @@ class ConditionProblem(Problem):
         solution = self.solution()
         if solution is not None:
             solution.forward = info
+        if not info.judged:
+            self.unjudged[:] = [info]
         report("forward", info, self.inner_solver.on_failure)
         return x.clone()
 
@@ -151,9 +155,12 @@ class InnerProblem:
             x = x.detach().requires_grad_()
             value = self._objective(x, *self.inputs)
             if not value.requires_grad:
+                self._refuse_constant("objective", x)
                 return value, torch.zeros_like(x)
-            (gradient,) = torch.autograd.grad(value, x, torch.ones_like(value), materialize_grads=True)
-        return value.detach(), gradient
+            (gradient,) = torch.autograd.grad(value, x, torch.ones_like(value), allow_unused=True)
+            if gradient is None:  # it depends on what it captures alone
+                self._refuse_constant("objective", x)
+        return value.detach(), torch.zeros_like(x) if gradient is None else gradient
 
     @timed("evaluations")
     def residual(self, x: Tensor) -> Tensor:
@@ -167,6 +174,8 @@ class InnerProblem:
         inverses = self.problem.inverses
         if inverses and inverses[-1].scale.shape[:-1] == x.shape[:-1]:
             origin.estimated_inverse = inverses[-1].apply
+        if self.problem.unjudged:
+            origin.unjudged = lambda: self.residual(x).detach() / vector_norm(x).clamp(min=1).unsqueeze(-1)
         if isinstance(self._condition, Stationary) and self._condition.chunks is not None:
             chunked = ChunkedJacobian(self._slices(x, *self._condition.chunks), x)
             chunked.origin = origin
@@ -176,6 +185,8 @@ class InnerProblem:
             self.graph_residual, x, structure, self._matrices, lambda x: self.of_constants().graph_residual(x)
         )
         operator.origin = origin
+        if not operator.value_depends_on_x:
+            self._refuse_constant("residual", x)
         if isinstance(self._condition, ForwardBackward):
             forward = functools.lru_cache(1)(lambda: self._forward_step(x))
             origin.support = lambda: self._support(x, forward())
@@ -316,6 +327,14 @@ class InnerProblem:
     def _graph_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Objective and gradient with a graph, for what differentiates through them."""
         return _graph_gradient(lambda x: self._objective(x, *self.inputs), x)
+
+    def _refuse_constant(self, what: str, x: Tensor) -> None:
+        """Raise where a function of the user's has lost x; a least-squares problem without equations has no function."""
+        if x.numel() and not isinstance(self.problem.equations.minimised, LeastSquares):
+            raise ImplicitDiffError(
+                f"the {what} does not depend on x as torch sees it: is x detached in it, used under torch.no_grad(), "
+                f"through .data, or in NumPy? Write it in torch operations on x itself."
+            )
 
     def _need_no_derivative(self) -> None:
         if self._differentiable:

@@ -7,7 +7,7 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,24 +19,47 @@ from ._autograd import solution_of
 from ._captures import dual_level_is_open, find_captures, plain_value, transform_level
 from ._data_parallel import DataParallelProblem, Ranks
 from ._equations import Equations
+from ._names import name_of
 from ._problem import ConditionProblem, InnerProblem
 from ._timing import timed
+from ._tree import Vectorizer
 from .conditions import Condition
 from .errors import ImplicitDiffError
 from .info import FailurePolicy, Solution, SolveInfo
+from .inner_solvers._polished import Polished
 from .inner_solvers.base import reported_at
 from .linear_solvers import Auto
-from .linear_solvers.base import as_linear_solver
+from .linear_solvers.base import LinearSolverLike, as_linear_solver
 from .operators.base import check_structure
 
+_X = TypeVar("_X")
+_P = ParamSpec("_P")
+_R = TypeVar("_R", covariant=True)
 
-def attach(condition: Condition, x_star: Any, *args: Any, linear_solver: Any = None, **kwargs: Any) -> Any:
+
+class _ImplicitFunction(Protocol[_P, _R]):
+    """A solver wrapped by :func:`implicit`: it is called as before."""
+
+    condition: Condition
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R: ...
+
+
+def attach(
+    condition: Condition,
+    x_star: _X,
+    *args: Any,
+    linear_solver: LinearSolverLike | None = None,
+    polish: bool = False,
+    **kwargs: Any,
+) -> _X:
     """A solution that you already have, made differentiable in ``args`` and ``kwargs``.
 
     ``x_star`` is a tree of tensors with ``condition.residual(x_star, *args, **kwargs) = 0``; what comes back is equal
-    to it. Its residual is reported (:func:`implicitdiff.record`), as the derivative is only as good as it.
+    to it, unless ``polish=True`` asks for one Newton step, as on the layers (:class:`ArgminLayer`). Its residual is reported (:func:`implicitdiff.record`), as the derivative is only as good as it.
 
-    Raises :class:`ImplicitDiffError` where the residual is not a tree like ``x_star``.
+    Raises TypeError for what is not a condition or a linear solver, and :class:`~implicitdiff.ImplicitDiffError` where
+    the residual is not a tree like ``x_star``. Warns as :func:`~implicitdiff.implicit` does.
 
     >>> import implicitdiff as idf
     >>> y = torch.tensor([4.0, 9.0], requires_grad=True)
@@ -44,12 +67,18 @@ def attach(condition: Condition, x_star: Any, *args: Any, linear_solver: Any = N
     >>> torch.autograd.grad(x.sum(), y)[0]
     tensor([0.2500, 0.1667])
     """
-    return solve_condition(check_condition(condition), _Given(), linear_solver, x_star, args, kwargs).value
+    Vectorizer.of(x_star, "x_star")  # below it is called init
+    inner = _polished(_Given(), linear_solver) if polish else _Given()
+    return solve_condition(check_condition(condition), inner, linear_solver, x_star, args, kwargs).value
 
 
 def implicit(
-    condition: Condition, linear_solver: Any = None, has_aux: bool = False, batched: bool = False
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    condition: Condition,
+    linear_solver: LinearSolverLike | None = None,
+    has_aux: bool = False,
+    batched: bool = False,
+    polish: bool = False,
+) -> Callable[[Callable[_P, _R]], _ImplicitFunction[_P, _R]]:
     """Make a solver of your own differentiable: ``@implicit(condition)`` above ``def solver(init, *args, **kwargs)``.
 
     The solver may be anything (NumPy, SciPy, scikit-learn, C++): it gets plain tensors without a graph, and returns
@@ -59,6 +88,16 @@ def implicit(
     Under ``torch.func.vmap`` the solver is called once per sample and the results are stacked (aux becomes a list);
     ``batched=True`` says that it takes leading batch dimensions by itself: init and every batched tensor of the args
     then come with them.
+
+    ``polish=True`` takes one Newton step from x, by a loose solve with ``linear_solver``: it squares the error of the
+    derivative, as on the layers (:class:`ArgminLayer`).
+
+    * ``condition``: what the solution satisfies, such as :class:`~implicitdiff.Root` or :class:`~implicitdiff.KKT`;
+    * ``linear_solver``: for derivatives; :class:`~implicitdiff.Auto` by default.
+
+    Raises TypeError for what is not a condition, a linear solver or a function, and in use
+    :class:`~implicitdiff.ImplicitDiffError` where the solver or the residual does not return a tree like init. Warns
+    with :class:`~implicitdiff.ConvergenceWarning` where a linear solve failed.
 
     >>> import numpy, implicitdiff as idf
     >>> @implicit(idf.Root(lambda x, y: x * x - y))
@@ -70,7 +109,7 @@ def implicit(
     check_condition(condition)
     as_linear_solver(linear_solver, Auto)
 
-    def decorate(solver: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(solver: Callable[_P, _R]) -> _ImplicitFunction[_P, _R]:
         if not callable(solver):
             raise TypeError(f"implicit decorates a callable solver(init, *args), but it was given {solver!r}.")
 
@@ -80,13 +119,18 @@ def implicit(
             if init is None:
                 init = inner.shape_of_solution(args, kwargs)
                 inner.init_is_none = True
-            value = solve_condition(condition, inner, linear_solver, init, args, kwargs).value
+            by = _polished(inner, linear_solver) if polish else inner
+            value = solve_condition(condition, by, linear_solver, init, args, kwargs).value
             return (value, inner.aux) if has_aux else value
 
         solve.condition = condition  # type: ignore[attr-defined]
-        return solve
+        return cast(_ImplicitFunction[_P, _R], solve)
 
     return decorate
+
+
+def _polished(inner_solver: Any, linear_solver: LinearSolverLike | None) -> Polished:
+    return Polished(inner_solver, as_linear_solver(linear_solver, Auto))
 
 
 def check_condition(condition: Any) -> Condition:
@@ -211,7 +255,7 @@ class _UserSolver:
 
     @property
     def name(self) -> str:
-        return getattr(self.solver, "__name__", type(self.solver).__name__)
+        return name_of(self.solver)
 
     def solve(self, problem: InnerProblem, x0: Tensor) -> tuple[Tensor, SolveInfo]:
         equations = problem.problem.equations
@@ -258,6 +302,7 @@ class _UserSolver:
         plain_args, plain_kwargs = pytree.tree_map_only(Tensor, _plain_sample, (args, kwargs))
         with temporarily_clear_interpreter_stack(), torch.no_grad():
             x, _ = self._call(None, plain_args, plain_kwargs)
+        Vectorizer.of(x, f"what {self.name} returned")
         return x
 
     def _call(self, init: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -12,19 +12,39 @@ from torch import Tensor
 
 from ._equations import Equations
 from ._jacobian import JacobianOperator
+from ._names import text_of
 from ._problem import ConditionProblem, InnerProblem
 from ._tree import is_differentiable
 from .api import check_condition
-from .info import Solution
-from .linear_solvers import Auto
+from .info import Solution, record
+from .linear_solvers import MINRES, Auto
+
+EXACT_UP_TO = 64
+"""Up to this n all eigenvalues are computed, above it the extreme ones are estimated."""
 
 
 @dataclass
 class CheckReport:
-    """What :func:`check` found; ``print`` it."""
+    """What :func:`check` found; ``print`` it.
+
+    A condition that promises a symmetric ∂F/∂x without having one:
+
+    >>> import implicitdiff as idf
+    >>> class Rotated(idf.Root):
+    ...     structure = "symmetric"
+    >>> R = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
+    >>> @idf.implicit(Rotated(lambda x, y: R @ x - y), linear_solver=idf.Auto(on_failure="ignore"))
+    ... def rotated(init: None, y: torch.Tensor) -> torch.Tensor:
+    ...     return torch.linalg.solve(R, y)
+    >>> report = idf.check(rotated, None, torch.ones(2, dtype=torch.float64))
+    >>> report.ok, report.structure
+    (False, False)
+    >>> print(report.problems[0])
+    structure is 'symmetric', but ∂F/∂x is not symmetric: declare it 'general'
+    """
 
     structure: bool = True
-    """The declared structure holds for random vectors."""
+    """The declared structure holds: symmetric as a random vector sees it, definite by the smallest eigenvalue."""
     deterministic: bool = True
     """Two evaluations of the residual agree."""
     distance: float = 0.0
@@ -51,6 +71,9 @@ def check(layer: Callable[..., Any], init: Any, *args: Any, **kwargs: Any) -> Ch
     condition does too), at the residual of the solution, and at the gradient in all tensors of the args against central
     differences along one random direction. It costs three solves; use it in float64.
 
+    ``init`` and ``args`` are what the layer takes. It returns a :class:`~implicitdiff.checks.CheckReport`. Raises
+    TypeError for what is neither a layer nor wrapped, and what the layer itself raises.
+
     >>> import implicitdiff as idf
     >>> layer = idf.RootLayer(lambda x, y: x**2 - y)
     >>> check(layer, torch.ones(2).double(), torch.tensor([4.0, 9.0]).double()).ok
@@ -58,13 +81,21 @@ def check(layer: Callable[..., Any], init: Any, *args: Any, **kwargs: Any) -> Ch
     """
     condition = getattr(layer, "condition", None)
     if condition is None:
-        raise TypeError(f"check takes a layer or a function wrapped by implicit(...), but it was given {layer!r}.")
+        raise TypeError(
+            f"check takes an ArgminLayer, RootLayer, FixedPointLayer or a function wrapped by implicit(...), but it was "
+            f"given {text_of(layer)}. Of a DEQ, check its .layer with one sample; QPLayer, SinkhornLayer and UnrolledLayer "
+            f"have no condition of yours that could be wrong."
+        )
     check_condition(condition)
-    with torch.enable_grad():
-        solution = layer(init, *args, **kwargs)
     report = CheckReport()
+    with record() as history, torch.enable_grad():
+        solution = layer(init, *args, **kwargs)
+    report.problems += [f"the inner solve failed: {s.info.summary()}" for s in history if not bool(s.converged.all())]
     equations = Equations.of(condition, solution, args, kwargs, "the solution", getattr(layer, "objective", None))
     x = equations.vectorizer.ravel(solution, "the solution").detach()
+    if not bool(x.isfinite().all()):
+        report.problems.append("the solution is not finite: look for overflow, a division by zero or a log of zero")
+        return report
     tensors = [t.detach() for t in equations.arguments.tensors]
     unsolved = Solution(None, None)  # type: ignore[arg-type]
     problem = InnerProblem(ConditionProblem(equations, None, None, weakref.ref(unsolved)), tensors)
@@ -108,11 +139,30 @@ def _check_structure(
     Av, Atv = A(v), A.T(v)
     if not float((Av - Atv).norm()) <= 10 * loose * float(Av.norm()):
         report.problems.append(f"structure is {structure!r}, but ∂F/∂x is not symmetric: declare it 'general'")
-    elif structure == "positive_definite" and not float(torch.vdot(v, Av).real) > 0:
+    elif structure == "positive_definite" and (least := _negative_eigenvalue(A, v)) is not None:
         report.problems.append(
-            "structure is 'positive_definite', but vᵀ(∂F/∂x)v ≤ 0 for some v: declare it 'symmetric'"
+            f"structure is 'positive_definite', but ∂F/∂x has the eigenvalue {least:.3g}: declare it 'symmetric'"
         )
     report.structure = not report.problems or "structure" not in report.problems[-1]
+
+
+def _negative_eigenvalue(A: JacobianOperator, v: Tensor) -> float | None:
+    """The smallest eigenvalue of a symmetric A, where that is not positive up to rounding.
+
+    Of a large A it is the smallest Ritz value of some steps from v. That lies above it, so that it is negative only
+    where A is not definite; an isolated negative eigenvalue is found in a few steps.
+    """
+    n = len(v)
+    if n <= EXACT_UP_TO:
+        matrix = A.to_dense()
+        values = torch.linalg.eigvalsh((matrix + matrix.mH) / 2)
+        low, high = float(values[0]), float(values[-1])
+    else:
+        extremes = MINRES(max_iterations=100, on_failure="ignore").solve(A, v).info.eigenvalue_range
+        assert extremes is not None
+        low, high = (float(value) for value in extremes)
+    rounding = 10 * n * torch.finfo(v.dtype).eps * max(abs(low), abs(high))
+    return low if low < -rounding or high <= 0 else None
 
 
 def _check_residual(report: CheckReport, problem: InnerProblem, x: Tensor, loose: float) -> None:
@@ -145,7 +195,12 @@ def _check_gradient(
 
     with torch.enable_grad():
         leaves = {i: tensors[i].clone().requires_grad_() for i in floating}
-        gradients = torch.autograd.grad(value(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True)
+        at_leaves = value(leaves)
+        with record() as history:
+            gradients = torch.autograd.grad(
+                at_leaves, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+    report.problems += [f"a linear solve failed: {s.info.summary()}" for s in history if not bool(s.converged.all())]
     slope = sum(float((g.conj() * d).sum().real) for g, d in zip(gradients, directions.values(), strict=True))
     eps = torch.finfo(equations.vectorizer.dtype).eps ** (1 / 3)
     with torch.no_grad():

@@ -20,12 +20,28 @@ from ._cone_projections import positive_semidefinite_cone, second_order_cone
 from ._exponential_cone import exponential_cone
 
 __all__ = ["Cone", "Exponential", "NonNegative", "PositiveSemidefinite", "SecondOrder", "Zero"]
+__dir__ = __all__.copy  # for tab completion
 
 
 class Cone(ABC):
     """A closed convex cone K of vectors.
 
-    Projections have derivatives of every order, except at kinks, where they are those of one side.
+    Projections have derivatives of every order, except at kinks, where they are those of one side. They take and
+    return vectors of shape (*batch, size). A cone of one's own writes :attr:`size` and :meth:`project`; equal ones (by
+    ``==``) that follow each other in a programme are projected onto as one batch. What it raises is up to it.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class NonPositive(Cone):
+    ...     n: int
+    ...     @property
+    ...     def size(self) -> int:
+    ...         return self.n
+    ...     def project(self, v: torch.Tensor) -> torch.Tensor:
+    ...         return v.clamp(max=0)
+    >>> v = torch.tensor([-1.0, 2.0])
+    >>> NonPositive(2).project(v), NonPositive(2).project_dual(v)
+    (tensor([-1.,  0.]), tensor([-1.,  0.]))
     """
 
     @property
@@ -65,14 +81,27 @@ class _Sized(Cone):
 
 
 class Zero(_Sized):
-    """{0} in n dimensions: rows that are equalities. Its dual is the whole space."""
+    """{0} in n dimensions: rows that are equalities. Its dual is the whole space.
+
+    Vectors are (*batch, n). Raises ValueError for an n below 0.
+
+    >>> cone = Zero(2)
+    >>> cone.size, cone.project(torch.tensor([1.0, 2.0]))
+    (2, tensor([0., 0.]))
+    """
 
     def project(self, v: Tensor) -> Tensor:
         return 0 * v
 
 
 class NonNegative(_Sized):
-    """{s : s ≥ 0} in n dimensions, its own dual: rows that are inequalities A x ≤ b."""
+    """{s : s ≥ 0} in n dimensions, its own dual: rows that are inequalities A x ≤ b.
+
+    Vectors are (*batch, n). Raises ValueError for an n below 0.
+
+    >>> NonNegative(2).project(torch.tensor([-1.0, 2.0]))
+    tensor([0., 2.])
+    """
 
     def project(self, v: Tensor) -> Tensor:
         return torch.relu(v)
@@ -80,6 +109,9 @@ class NonNegative(_Sized):
 
 class SecondOrder(_Sized):
     """{(t, x) : ‖x‖₂ ≤ t} in n dimensions, t first; its own dual.
+
+    Vectors are (*batch, n). Raises ValueError for an n below 1. The projection is that of
+    :func:`~implicitdiff.projections.second_order_cone`.
 
     >>> SecondOrder(3).project(torch.tensor([0.0, 3.0, 4.0]))
     tensor([2.5000, 1.5000, 2.0000])
@@ -97,6 +129,9 @@ class PositiveSemidefinite(_Sized):
     The vector is the upper triangle, column by column, with √2 on the entries off the diagonal, so that inner products
     of vectors are those of matrices: (X₁₁, √2 X₁₂, X₂₂, √2 X₁₃, √2 X₂₃, X₃₃, …). That is Clarabel's
     ``PSDTriangleConeT``; SCS has the lower triangle column by column, another order from n = 3 on.
+
+    Vectors are (*batch, n(n + 1)/2), matrices (*batch, n, n). Raises ValueError for an n below 0. The projection is
+    that of :func:`~implicitdiff.projections.positive_semidefinite_cone`.
 
     >>> cone = PositiveSemidefinite(2)
     >>> cone.matrix(cone.project(cone.vector(torch.tensor([[0.0, 2.0], [2.0, 0.0]])))).round(decimals=3)
@@ -128,6 +163,9 @@ class Exponential(Cone):
     """The closure of {(x, y, z) : y exp(x/y) ≤ z, y > 0}, the order of Clarabel and SCS.
 
     Its dual is the closure of {(u, v, w) : −u exp(v/u) ≤ e w, u < 0}.
+
+    Vectors are (*batch, 3), others raise ValueError. The projection is that of
+    :func:`~implicitdiff.projections.exponential_cone`.
 
     >>> Exponential().project(torch.tensor([1.0, 1.0, 0.0])).round(decimals=3)
     tensor([0.1470, 0.4350, 0.6090])

@@ -22,11 +22,18 @@ FailurePolicy = Literal["warn", "raise", "ignore"]
 
 
 class Status(IntEnum):
-    """How the solve of one system ended. ``SolveInfo.status`` holds these numbers, one per system.
+    """How the solve of one system ended. ``SolveInfo.status`` holds these numbers, one per system, and
+    ``SolveInfo.statuses`` the members.
 
-    >>> Status(1).name
-    'MAX_ITERATIONS'
+    >>> print(Status(1))
+    MAX_ITERATIONS
     """
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(self.name, spec)
 
     CONVERGED = 0
     """The asked tolerance was reached, measured on the true residual."""
@@ -46,6 +53,8 @@ class Status(IntEnum):
     """No point satisfies the constraints; a certificate of that was found."""
     UNBOUNDED = 8
     """The objective has no lower bound on the feasible set; a direction that shows it was found."""
+    NOT_A_SOLUTION = 9
+    """A system was solved, but at an x that is far from satisfying its condition: a derivative of something else."""
 
 
 RUNNING = -1
@@ -55,7 +64,8 @@ _REMEDIES = {
     Status.MAX_ITERATIONS: "raise max_iterations (terms, for Neumann), loosen the tolerance, "
     "or use a preconditioner or a better start",
     Status.BREAKDOWN: "the operator may be singular (a flat minimum, a double root), the derivative is then not "
-    "determined: regularise the problem; Dense() and LSMR() give the least-squares answer of minimum norm",
+    "determined: regularise the problem; Dense() and LSMR() give the least-squares answer of minimum norm; or the "
+    "declared structure is wrong: implicitdiff.check finds out",
     Status.INDEFINITE: "the operator is not positive definite (a saddle point, or too little regularisation?): "
     "use MINRES, Dense() or Auto()",
     Status.STAGNATED: "rounding errors rule, or there is no solution near the start: loosen the tolerance, rescale the "
@@ -66,11 +76,19 @@ _REMEDIES = {
     "off it, or smooth the problem",
     Status.INFEASIBLE: "the constraints contradict each other: relax them, or look for a sign error in them",
     Status.UNBOUNDED: "the objective falls without end: add constraints or a quadratic term",
+    Status.NOT_A_SOLUTION: "x does not satisfy its condition: by its residual, what is differentiated is off by more "
+    "than a hundredth of ‖x‖. Solve the inner problem more accurately, or see whether the condition describes what it "
+    "solves (implicitdiff.check)",
 }
 
 _REMEDIES_OF_INNER_SOLVES = _REMEDIES | {
+    Status.MAX_ITERATIONS: "raise max_iterations, loosen tol, or start nearer to the solution; where ‖F(x)‖ does not "
+    "fall, see whether there is a solution at all (an objective without a minimum?)",
     Status.BREAKDOWN: "the method cannot go on from where it is (no change of sign between the bounds of a bisection, "
-    "a matrix that is singular or not finite): start elsewhere, or take another inner solver",
+    "a matrix that is singular or not finite, linear systems that are not solved): start elsewhere, take another "
+    "linear_solver (Newton(Dense()), or a preconditioner), or another inner solver",
+    Status.NON_FINITE: "the iterates may diverge (too long a stepsize, an objective without a minimum); otherwise look "
+    "for a NaN in init or the args, an overflow, a division by zero or a log of zero in the function",
 }
 
 
@@ -79,7 +97,15 @@ class SolveInfo:
     """The report of one solve, per system: each tensor has the shape ``(*batch,)``, so ``()`` for a single system.
 
     Under ``torch.func.vmap`` the batch dimensions are those of all systems that were solved together, the outermost
-    first, as plain tensors.
+    first, as plain tensors. Printed, it is one line.
+
+    >>> import implicitdiff as idf
+    >>> A = idf.operators.DiagonalOperator(torch.tensor([[1.0, 2.0], [1.0, 9.0]]), structure="positive_definite")
+    >>> info = idf.CG()(A, torch.ones(2, 2)).info  # of two systems
+    >>> info.iterations, info.statuses
+    (tensor([2, 2]), [<Status.CONVERGED: 0>, <Status.CONVERGED: 0>])
+    >>> [bound.round().tolist() for bound in info.eigenvalue_range]
+    [[1.0, 1.0], [2.0, 9.0]]
     """
 
     iterations: Tensor
@@ -104,6 +130,11 @@ class SolveInfo:
     """What CG and MINRES saw of the spectrum; the properties below read it."""
     scale: Tensor | None = None
     """‖b‖₂ of a linear solve by an iterative method."""
+    judged: bool = True
+    """False where somebody else's solver found x, by a tolerance that is not known here: ``converged`` then says that x
+    is finite. Whether x is a solution is asked where it is differentiated, and reported there as NOT_A_SOLUTION."""
+    by_function: bool = False
+    """Whether a function of the user's, (A, b) -> x, solved the linear system: it has no settings."""
 
     @property
     def eigenvalue_range(self) -> tuple[Tensor, Tensor] | None:
@@ -135,25 +166,53 @@ class SolveInfo:
         distance = self.residual_norm * self.scale / self.lanczos.extremes[2]
         return torch.where(solved_at_once & (self.residual_norm == 0), 0, distance)
 
+    @property
+    def statuses(self) -> list[Status]:
+        """The :class:`Status` of each system, over all batch dimensions."""
+        return [Status(number) for number in self.status.flatten().tolist()]
+
     def summary(self) -> str:
-        """One line for a log.
+        """One line for a log; iterations and products where there are any, the status where a system failed.
 
         >>> zero = torch.tensor(0)
         >>> SolveInfo(zero + 3, zero * 1.0, zero == 0, zero, 4, "CG").summary()
         'CG: 1 of 1 converged, 3 iterations, residual at most 0.0e+00, 4 products'
+        >>> SolveInfo(zero, zero + 1.0, zero == 1, zero + 2, 3, "Dense").summary()
+        'Dense: 0 of 1 converged (BREAKDOWN), residual at most 1.0e+00, 3 products'
         """
         total, done = self.converged.numel(), int(self.converged.sum())
         worst = float(self.residual_norm.max()) if total else 0.0
-        most = int(self.iterations.max()) if total else 0
-        return (
-            f"{self.method}: {done} of {total} converged, {most} iterations, residual at most {worst:.1e}, "
-            f"{self.matvecs} products"
-        )
+        failures = ", ".join(map(str, sorted({*self.statuses} - {Status.CONVERGED})))
+        parts = [
+            f"{self.method}: {done} of {total} {'converged' if self.judged else 'finite'}",
+            _counted(int(self.iterations.max()) if total else 0, "iteration"),
+            f"residual at most {worst:.1e}",
+            _counted(self.matvecs, "product"),
+        ]
+        if failures:
+            parts[0] += f" ({failures})"
+        return ", ".join(filter(None, parts))
+
+    def __repr__(self) -> str:
+        return f"SolveInfo({self.summary()})"
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+def _counted(number: int, noun: str) -> str:
+    return "" if number == 0 else f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 @dataclass(frozen=True)
 class LinearSolution:
-    """What calling a linear solver returns: the ``value`` u of shape ``(*batch, n)`` and the ``info``."""
+    """What calling a linear solver returns: the ``value`` u of shape ``(*batch, n)`` and the ``info``.
+
+    >>> import implicitdiff as idf
+    >>> solution = idf.Dense()(idf.operators.DiagonalOperator(torch.tensor([2.0, 4.0])), torch.ones(2))
+    >>> solution.value, bool(solution.info.converged)
+    (tensor([0.5000, 0.2500]), True)
+    """
 
     value: Tensor
     info: SolveInfo
@@ -161,7 +220,17 @@ class LinearSolution:
 
 @dataclass
 class Solution:
-    """What ``layer.solve`` returns."""
+    """What ``layer.solve`` returns: the solution, a tree like ``init``, with its reports.
+
+    >>> import implicitdiff as idf
+    >>> y = torch.tensor([4.0, 9.0], requires_grad=True)
+    >>> solution = idf.RootLayer(lambda x, y: x**2 - y).solve(torch.ones(2), y)
+    >>> solution.value.detach().round(decimals=3), bool(solution.forward.converged), solution.backward is None
+    (tensor([2., 3.]), True, True)
+    >>> solution.value.sum().backward()
+    >>> bool(solution.backward.converged)
+    True
+    """
 
     value: Any
     """The solution, a tree like ``init``; the same as calling the layer."""
@@ -173,7 +242,14 @@ class Solution:
 
 @dataclass(frozen=True)
 class RecordedSolve:
-    """One entry of :func:`record`: which solve it was and its report, whose fields can be read here directly."""
+    """One entry of :func:`record`: which solve it was and its report, whose fields can be read here directly.
+
+    >>> import implicitdiff as idf
+    >>> with idf.record() as history:
+    ...     x = idf.RootLayer(lambda x, y: x**2 - y)(torch.ones(2), torch.tensor([4.0, 9.0]))
+    >>> history[0].kind, history[0].method, history[0].statuses
+    ('forward', 'Newton', [<Status.CONVERGED: 0>])
+    """
 
     kind: str
     """``"forward"`` (an inner solve), ``"backward"`` (for a cotangent), ``"tangent"`` (for a forward-mode derivative)
@@ -185,6 +261,9 @@ class RecordedSolve:
             raise AttributeError(name)
         return getattr(self.info, name)
 
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.info.summary()}"
+
 
 histories: list[Any] = []
 """What takes the reports: lists, and whatever else has ``append``."""
@@ -194,7 +273,8 @@ histories: list[Any] = []
 def record() -> Iterator[list[RecordedSolve]]:
     """Collect the reports of every solve inside the block, forward and backward, in the order they happen.
 
-    Solves on any thread are recorded, as autograd runs the backward pass of CUDA tensors on threads of its own.
+    Solves on any thread are recorded, as autograd runs the backward pass of CUDA tensors on threads of its own. Each is
+    a :class:`~implicitdiff.info.RecordedSolve`, entered before its failure is warned of or raised.
 
     >>> import implicitdiff as idf
     >>> square_root = idf.RootLayer(lambda x, y: x * x - y)
@@ -245,13 +325,23 @@ def _failure_message(kind: str, info: SolveInfo) -> str:
     norm = "‖F(x)‖" if kind == "forward" else "relative residual"
     known = _REMEDIES_OF_INNER_SOLVES if kind == "forward" else _REMEDIES
     remedies = "; ".join(known.get(s, "") for s in statuses)
-    if statuses == [Status.NOT_SMOOTH]:
+    silence = 'on_failure="raise" makes this an error, "ignore" silences it'
+    if info.by_function:
+        silence = "A subclass of LinearSolver in place of the function takes settings: rtol, atol and on_failure"
+    if statuses in ([Status.NOT_SMOOTH], [Status.NOT_A_SOLUTION]):
+        but = "not uniquely" if statuses == [Status.NOT_SMOOTH] else "not at a solution"
         return (
-            f"{info.method} solved {what}, but not uniquely{which}: NOT_SMOOTH, {remedies}. "
-            f'on_failure="raise" makes this an error, "ignore" silences it.'
+            f"{info.method} solved {what}, but {but}{which}: {statuses[0].name}, {remedies}. "
+            f"{silence}."
+        )
+    if info.by_function and statuses == [Status.BREAKDOWN]:
+        return (
+            f"{info.method} did not solve {what}{which}: BREAKDOWN, its answer does not solve A u = b: relative residual "
+            f"up to {worst:.1e}. What to try: let it iterate longer, or see whether it solves another system, such as "
+            f"that of the transpose. {silence}."
         )
     return (
         f"{info.method} did not solve {what}{which}: {', '.join(s.name for s in statuses)} after at most "
         f"{int(info.iterations.max())} iterations, {norm} up to {worst:.1e}. What to try: {remedies}. "
-        f'The result is not to be trusted as it is; on_failure="raise" makes this an error, "ignore" silences it.'
+        f"The result is not to be trusted as it is. {silence}."
     )

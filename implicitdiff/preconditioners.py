@@ -13,6 +13,12 @@ from torch import Tensor
 from .errors import ImplicitDiffError
 from .operators import LinearOperator
 
+Preconditioner = Callable[[LinearOperator], Callable[[Tensor], Tensor]]
+"""From the operator A to v ↦ M⁻¹ v, M ≈ A. It is given the operator that is solved with, so Aᵀ in a backward pass."""
+
+__all__ = ["InverseLBFGS", "Jacobi", "Nystrom"]
+__dir__ = __all__.copy  # for tab completion
+
 EXACT_UP_TO = 64
 """Up to this n the diagonal is taken exactly, by n products, where the operator does not know it."""
 
@@ -22,6 +28,9 @@ class Jacobi:
 
     Exact where the operator knows its diagonal or is small; otherwise estimated with ``probes`` products (Bekas,
     Kokiopoulou and Saad 2007: Σ z ∘ A z / Σ z ∘ z over random signs z).
+
+    ``Jacobi()(A)`` is a function of v of shape (*batch, n), M⁻¹ v. Raises ValueError for ``probes`` below 1. Where A is
+    symmetric the diagonal is taken without its sign, as M must be positive definite.
 
     >>> from implicitdiff.operators import DenseOperator
     >>> apply = Jacobi()(DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 4.0]])))
@@ -51,12 +60,15 @@ class Jacobi:
 
 
 class Nystrom:
-    """The randomised Nyström preconditioner of Frangella, Tropp and Udell (2021, Algorithm 2.1 and Eq. 1.3).
+    """The randomised Nyström preconditioner, for a positive definite A with few large eigenvalues.
 
-    For A = H + μI, H positive semidefinite with few large eigenvalues: from ``rank`` products it finds the leading
-    eigenvectors U and eigenvalues Λ of A, and M⁻¹ = λ_min(Λ) U Λ⁻¹ Uᵀ + (I − U Uᵀ), so that A's eigenvalues beyond
-    the rank are what CG is left with. (The paper builds it from H and adds μ; as U Λ Uᵀ is taken of A here, μ is not
-    asked for.)
+    It is that of Frangella, Tropp and Udell (2021, Algorithm 2.1 and Eq. 1.3), for A = H + μI, H positive
+    semidefinite: from ``rank`` products it finds the leading eigenvectors U and eigenvalues Λ of A, and
+    M⁻¹ = λ_min(Λ) U Λ⁻¹ Uᵀ + (I − U Uᵀ), so that A's eigenvalues beyond the rank are what CG is left with. (The paper
+    builds it from H and adds μ; as U Λ Uᵀ is taken of A here, μ is not asked for.)
+
+    ``Nystrom(rank)(A)`` is a function of v of shape (*batch, n), M⁻¹ v, that holds ``rank`` vectors a system; the
+    identity where A turns out not to be positive semidefinite. Raises ValueError for a ``rank`` below 1.
 
     >>> from implicitdiff import CG
     >>> from implicitdiff.operators import DiagonalOperator
@@ -108,8 +120,10 @@ class InverseLBFGS:
     It costs no product. As a preconditioner it leaves CG exact; used in the place of a solve,
     ``linear_solver=lambda A, b: InverseLBFGS()(A)(b)``, it is SHINE (Ramzi et al. 2022), a rough estimate whose true
     residual is reported as that of any solver. It is of use where the history covers most of the way and the tolerance
-    of the inner solver is not at the limit of rounding, where steps say nothing of the curvature. Raises
-    ImplicitDiffError where the inner solver was another one.
+    of the inner solver is not at the limit of rounding, where steps say nothing of the curvature.
+
+    ``InverseLBFGS()(A)`` is a function of v of shape (*batch, n). Raises :class:`~implicitdiff.ImplicitDiffError` where
+    the inner solver was another one.
 
     >>> import implicitdiff as idf
     >>> cg, lbfgs = idf.CG(preconditioner=InverseLBFGS()), idf.inner_solvers.LBFGS()

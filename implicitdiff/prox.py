@@ -46,10 +46,13 @@ __all__ = [
     "nuclear_norm",
     "ridge",
 ]
+__dir__ = __all__.copy  # for tab completion
 
 
 def none(v: Tensor, stepsize: Parameter, *parameters: Any) -> Tensor:
     """g = 0, whatever the parameters: x = v.
+
+    ``v`` of any shape; it raises nothing.
 
     >>> none(torch.tensor([1.0, -2.0]), 0.5)
     tensor([ 1., -2.])
@@ -59,6 +62,8 @@ def none(v: Tensor, stepsize: Parameter, *parameters: Any) -> Tensor:
 
 def from_projection(projection: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """g = 0 on a set and ∞ off it: the projection, whatever the stepsize.
+
+    What it returns is called as ``prox(v, stepsize, *parameters)``; shapes and errors are those of the projection.
 
     >>> from implicitdiff.projections import l2_ball
     >>> from_projection(l2_ball)(torch.tensor([3.0, 4.0]), 0.5, 1.0)
@@ -74,6 +79,9 @@ def from_projection(projection: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def lasso(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Tensor:
     """g(x) = Σ penaltyᵢ |xᵢ|: the soft threshold. An entry without penalty is left as it is.
 
+    ``v`` of any shape, ``penalty`` a number or a tensor that broadcasts against it; ``stepsize`` a number or one for
+    each system, (*batch,). Negative numbers raise ValueError.
+
     >>> lasso(torch.tensor([2.0, -0.25, 0.25]), 0.5, torch.tensor([1.0, 1.0, 0.0]))
     tensor([1.5000, 0.0000, 0.2500])
     """
@@ -84,6 +92,9 @@ def lasso(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Tensor:
 def non_negative_lasso(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Tensor:
     """g(x) = Σ penaltyᵢ xᵢ for x ≥ 0, otherwise ∞.
 
+    ``v`` of any shape, ``penalty`` a number or a tensor that broadcasts against it; ``stepsize`` a number or one for
+    each system, (*batch,). Negative numbers raise ValueError.
+
     >>> non_negative_lasso(torch.tensor([2.0, -3.0]), 0.5)
     tensor([1.5000, 0.0000])
     """
@@ -93,6 +104,9 @@ def non_negative_lasso(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0)
 def ridge(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Tensor:
     """g(x) = ½ Σ penaltyᵢ xᵢ².
 
+    ``v`` of any shape, ``penalty`` a number or a tensor that broadcasts against it; ``stepsize`` a number or one for
+    each system, (*batch,). Negative numbers raise ValueError.
+
     >>> ridge(torch.tensor([3.0, -3.0]), 0.5)
     tensor([ 2., -2.])
     """
@@ -101,6 +115,9 @@ def ridge(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Tensor:
 
 def non_negative_ridge(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Tensor:
     """g(x) = ½ Σ penaltyᵢ xᵢ² for x ≥ 0, otherwise ∞.
+
+    ``v`` of any shape, ``penalty`` a number or a tensor that broadcasts against it; ``stepsize`` a number or one for
+    each system, (*batch,). Negative numbers raise ValueError.
 
     >>> non_negative_ridge(torch.tensor([3.0, -3.0]), 0.5)
     tensor([2., 0.])
@@ -114,6 +131,9 @@ def elastic_net(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0, ridge:
     Both weights stand by themselves: scikit-learn's ``ElasticNet(alpha, l1_ratio)`` is penalty = alpha · l1_ratio and
     ridge = alpha · (1 − l1_ratio).
 
+    ``v`` of any shape, ``penalty`` and ``ridge`` numbers or tensors that broadcast against it; ``stepsize`` a number
+    or one for each system, (*batch,). Negative numbers raise ValueError.
+
     >>> elastic_net(torch.tensor([2.0, -0.25]), 0.5, 1.0, 1.0)
     tensor([1., 0.])
     """
@@ -122,6 +142,9 @@ def elastic_net(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0, ridge:
 
 def group_lasso(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Tensor:
     """g(x) = penalty · ‖x‖₂, the last dimension being the group: x = (1 − stepsize · penalty / ‖v‖₂)₊ v.
+
+    ``v`` is (*batch, n); ``stepsize`` and ``penalty`` are numbers or (*batch,). Negative numbers, and a v of no
+    dimension, raise ValueError (Yuan and Lin 2006 for the penalty).
 
     >>> group_lasso(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 0.5, torch.tensor([5.0, 2.0]))
     tensor([[1.5000, 2.0000],
@@ -141,6 +164,9 @@ def nuclear_norm(V: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Te
     :func:`~implicitdiff.projections.positive_semidefinite_cone`: right for repeated singular values and for those of 0.
     One eigendecomposition of size m + n.
 
+    ``stepsize`` and ``penalty`` are numbers or (*batch,). Negative numbers, and a V that is no matrix, raise ValueError
+    (Cai, Candès and Shen 2010, Theorem 2.1).
+
     >>> nuclear_norm(torch.diag(torch.tensor([3.0, 0.25])), 0.5).round(decimals=4).abs()
     tensor([[2.5000, 0.0000],
             [0.0000, 0.0000]])
@@ -157,6 +183,9 @@ def nuclear_norm(V: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Te
 def huber(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0, delta: Parameter = 1.0) -> Tensor:
     """g(x) = Σ penaltyᵢ h(xᵢ), h(x) = ½x² for |x| ≤ delta, otherwise delta · (|x| − ½delta).
 
+    ``v`` of any shape, ``penalty`` and ``delta`` numbers or tensors that broadcast against it; ``stepsize`` a number
+    or one for each system, (*batch,). Negative numbers raise ValueError.
+
     >>> huber(torch.tensor([3.0, 0.75]), 0.5)
     tensor([2.5000, 0.5000])
     """
@@ -168,6 +197,9 @@ def huber(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0, delta: Param
 
 def log_barrier(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Tensor:
     """g(x) = −Σ penaltyᵢ log xᵢ: the positive root of x² − vx = stepsize · penalty.
+
+    ``v`` of any shape, ``penalty`` a number or a tensor that broadcasts against it; ``stepsize`` a number or one for
+    each system, (*batch,). Negative numbers raise ValueError.
 
     >>> log_barrier(torch.tensor([0.0, 3.0]), 4.0).round(decimals=3)
     tensor([2., 4.])

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    ("_lanczos", "_norms", "_parameters", "_timing", "_vectors", "errors"),
+    ("_lanczos", "_names", "_norms", "_parameters", "_timing", "_vectors", "errors"),
     ("_cone_projections", "_exponential_cone", "_limited_memory"),
     ("cones",),
     ("_tree", "info"),

@@ -23,7 +23,16 @@ Examples = tuple[Any, Tensor]
 
 
 class MetaLoss(NamedTuple):
-    """The result of one pass over a batch of tasks."""
+    """The result of one pass over a batch of tasks: their mean query loss, and the outputs it comes from.
+
+    >>> from imaml import MAML
+    >>> from imaml.models import MLP
+    >>> from imaml.tasks import Sinusoids
+    >>> learner = MAML(MLP([1, 8, 1]), nn.functional.mse_loss, steps=1, stepsize=0.01)
+    >>> loss, outputs = learner.meta_step(Sinusoids(queries=30).sample(4, "train", seed=0, index=0))
+    >>> loss.shape, outputs.shape
+    (torch.Size([]), torch.Size([4, 30, 1]))
+    """
 
     loss: Tensor
     """The mean query loss, a scalar; its ``backward()`` leaves the meta-gradient in ``.grad``."""
@@ -41,7 +50,26 @@ class Learner(nn.Module):
       the model sees what it returns. ANIL (Raghu et al. 2020) is ``MAML(net.head, loss, body=net.features, ...)``;
     * ``task_chunk``: so many tasks are solved together, which bounds the memory; None: all of them.
 
-    Raises TypeError and ValueError where the model, the body or ``task_chunk`` cannot be used so.
+    Tensors of a batch of tasks are (tasks, examples, …), those of one task (examples, …).
+
+    Raises TypeError where the model or the body is not an ``nn.Module``, and ValueError where it has no parameters or
+    has buffers, the two share parameters, or ``task_chunk`` is below 1.
+
+    A learner that adapts by one gradient step:
+
+    >>> from imaml.models import MLP
+    >>> from imaml.tasks import Sinusoids
+    >>> class OneStep(Learner):
+    ...     def adapted(self, support):
+    ...         theta = self.meta_parameters()
+    ...         gradient = torch.func.grad(self._support_loss)(theta, support)
+    ...         return {name: p - 0.01 * gradient[name] for name, p in theta.items()}
+    >>> learner = OneStep(MLP([1, 8, 1]), nn.functional.mse_loss)
+    >>> tasks = Sinusoids(shots=5).sample(2, "train", seed=0, index=0)
+    >>> learner.meta_loss(tasks).backward()
+    >>> one = (tasks.support[0][0], tasks.support[1][0])
+    >>> learner.predict(learner.adapt(one), torch.zeros(7, 1)).shape
+    torch.Size([7, 1])
     """
 
     def __init__(

@@ -20,7 +20,8 @@ class MAML(Learner):
       computes that again in the backward pass: a fraction of the memory for about two fifths more time;
     * ``body``, ``task_chunk``: as in :class:`~imaml.Learner`.
 
-    Raises ValueError for ``first_order`` together with ``truncate``.
+    Shapes and other errors are those of :class:`~imaml.Learner`. Raises ValueError for ``first_order`` together with
+    ``truncate``.
 
     >>> from imaml.models import MLP
     >>> from imaml.tasks import Sinusoids

@@ -13,6 +13,9 @@ from .maml import MAML
 class Reptile(MAML):
     """Reptile (Nichol et al. 2018): the meta-gradient is θ − φ(θ), averaged over tasks.
 
+    * ``steps``, ``stepsize``: of the gradient steps from θ to φ(θ), on the support set;
+    * ``task_chunk``: as in :class:`~imaml.Learner`, and so are shapes and errors.
+
     >>> from imaml.models import MLP
     >>> from imaml.tasks import Sinusoids
     >>> learner = Reptile(MLP([1, 8, 1]), nn.functional.mse_loss, steps=2, stepsize=0.01)

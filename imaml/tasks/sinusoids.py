@@ -13,6 +13,11 @@ from .task import Examples, Split, Task, generator_for
 class Sinusoids:
     """y = a·sin(x − p), a ∈ [0.1, 5], p ∈ [0, π], x ∈ [−5, 5], all uniform (Finn et al. 2017, section 5.1).
 
+    * ``shots``, ``queries``: the examples of the support and of the query set.
+
+    Inputs and targets are (tasks, examples, 1). The splits train, val and test differ by their draws only; another one
+    raises ValueError.
+
     >>> tasks = Sinusoids(shots=10).sample(4, "train", seed=0, index=0)
     >>> tasks.support[0].shape
     torch.Size([4, 10, 1])

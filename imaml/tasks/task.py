@@ -18,6 +18,9 @@ Examples = tuple[Tensor, Tensor]
 class Task(NamedTuple):
     """One task, or a batch of tasks whose tensors have a leading task dimension.
 
+    ``support`` and ``query`` are pairs (inputs, targets), of shapes (examples, …), or (tasks, examples, …) in a batch.
+    :meth:`stack` raises ValueError for no tasks, or tasks of unequal shapes.
+
     >>> one = Task((torch.zeros(5, 1), torch.zeros(5, 1)), (torch.zeros(9, 1), torch.zeros(9, 1)))
     >>> Task.stack([one, one]).query[0].shape
     torch.Size([2, 9, 1])
@@ -43,7 +46,22 @@ class Task(NamedTuple):
 
 
 class TaskSource(Protocol):
-    """Draws tasks; the same (split, seed, index) gives the same tasks on every machine and worker."""
+    """Draws tasks; the same (split, seed, index) gives the same tasks on every machine and worker.
+
+    What training and evaluation ask of a source: any class with these members serves. Tensors of a batch of tasks are
+    (tasks, examples, …); a split that there is not is to raise ValueError.
+
+    >>> class Lines:
+    ...     is_classification, splits = False, frozenset(("train", "test"))
+    ...     def sample(self, count, split, seed, index):
+    ...         generator = torch.Generator().manual_seed(hash((split == "test", seed, index)))
+    ...         slope = torch.randn(count, 1, 1, generator=generator)
+    ...         x = torch.randn(count, 10, 1, generator=generator)
+    ...         return Task((x[:, :5], slope * x[:, :5]), (x[:, 5:], slope * x[:, 5:]))
+    >>> source: TaskSource = Lines()
+    >>> source.sample(4, "train", seed=0, index=0).query[1].shape
+    torch.Size([4, 5, 1])
+    """
 
     is_classification: bool
     splits: frozenset[Split]

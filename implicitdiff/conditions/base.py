@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from .._names import name_of
 from ..operators import Structure
 
 Tree = Any
@@ -19,10 +20,28 @@ class Condition(Protocol):
     A condition of your own is a small class with these two members. One whose F has kinks may add ``smooth = False``:
     points where its derivative does not exist are then looked for, and reported as
     :attr:`~implicitdiff.Status.NOT_SMOOTH`.
+
+    x e^x = y has the solution x = W(y), Lambert's function, by SciPy:
+
+    >>> import implicitdiff as idf, scipy.special
+    >>> from implicitdiff.operators import Structure
+    >>> class Lambert:
+    ...     structure: Structure = "symmetric"  # ∂F/∂x is diagonal
+    ...     def residual(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    ...         return x * x.exp() - y
+    >>> @idf.implicit(Lambert())
+    ... def lambert(init: None, y: torch.Tensor) -> torch.Tensor:
+    ...     return torch.from_numpy(scipy.special.lambertw(y.numpy()).real)
+    >>> y = torch.tensor([0.0, torch.e], requires_grad=True)
+    >>> torch.autograd.grad(lambert(None, y).sum(), y)[0]  # 1 / (e^x (1 + x))
+    tensor([1.0000, 0.1839])
+
+    Without its annotation, ``structure`` is any string to a type checker, which then refuses the class.
     """
 
-    structure: Structure
-    """What is promised of ∂F/∂x: "general", "symmetric" or "positive_definite"."""
+    @property
+    def structure(self) -> Structure:
+        """What is promised of ∂F/∂x: "general", "symmetric" or "positive_definite"; an attribute will do."""
 
     def residual(self, x: Tree, *args: Any, **kwargs: Any) -> Tree:
         """F(x, *args, **kwargs), a tree like x."""
@@ -37,9 +56,13 @@ def checked_callable(function: Any, name: str) -> Any:
     if not callable(function) or isinstance(function, type):
         raise TypeError(f"{name} is {function!r}, but it must be a callable: {name}(x, *args).")
     if isinstance(function, torch.nn.Module) and any(True for _ in function.buffers()):
-        return lambda *args, **kwargs: torch.func.functional_call(
-            function, {k: v.clone() for k, v in function.named_buffers()}, args, kwargs
-        )
+
+        def on_copies(*args: Any, **kwargs: Any) -> Any:
+            buffers = {k: v.clone() for k, v in function.named_buffers()}
+            return torch.func.functional_call(function, buffers, args, kwargs)
+
+        on_copies.__name__ = name_of(function)
+        return on_copies
     return function
 
 

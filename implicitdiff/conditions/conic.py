@@ -7,13 +7,24 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .._names import call_of
 from ..cones import Cone, project_onto_product, size_of
 from ..errors import ImplicitDiffError
 from ..operators import Structure
 
 
 class ConicPoint(NamedTuple):
-    """A solution of a conic programme; its slack is s = b − A x."""
+    """A solution of a conic programme; its slack is s = b − A x.
+
+    The unknown of :class:`ConicProgram`, which raises :class:`~implicitdiff.ImplicitDiffError` where shapes do not fit.
+    For x₁ of least value with x₁ ≥ 1, so A = [−1], b = [−1] and c = [1]:
+
+    >>> from implicitdiff.cones import NonNegative
+    >>> point = ConicPoint(primal=torch.tensor([1.0]), dual=torch.tensor([1.0]))
+    >>> condition = ConicProgram([NonNegative(1)])
+    >>> condition.residual(point, torch.tensor([[-1.0]]), torch.tensor([-1.0]), torch.tensor([1.0]))
+    ConicPoint(primal=tensor([0.]), dual=tensor([0.]))
+    """
 
     primal: Tensor
     """x, of shape (n,)."""
@@ -74,6 +85,9 @@ class ConicProgram:
             gradient = gradient + (P @ primal + P.mT @ primal) / 2
         slack = b - A @ primal
         return ConicPoint(gradient, slack - project_onto_product(self.cones, slack - dual))
+
+    def __repr__(self) -> str:
+        return call_of(type(self).__name__, vars(self))
 
     def _checked(self, x: Any, A: Tensor, b: Tensor, c: Tensor, P: Tensor | None) -> ConicPoint:
         if not isinstance(x, tuple) or len(x) != 2:

@@ -9,13 +9,27 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._names import call_of
 from ..errors import ImplicitDiffError
 from ..operators import Structure
 from .base import Tree, checked_callable
 
 
 class KKTPoint(NamedTuple):
-    """A solution with its multipliers; None where there are no constraints of that kind."""
+    """A solution with its multipliers; None where there are no constraints of that kind.
+
+    The unknown of :class:`KKT`, which raises :class:`~implicitdiff.ImplicitDiffError` where a part is missing or too
+    many. Minimise ½‖x‖² subject to x₁ + x₂ = b: x = b/2 and ν = −b/2.
+
+    >>> import implicitdiff as idf
+    >>> @idf.implicit(idf.KKT(lambda x, b: 0.5 * (x**2).sum(), equality=lambda x, b: x.sum() - b))
+    ... def shortest(init: None, b: torch.Tensor) -> KKTPoint:
+    ...     return KKTPoint(torch.stack([b / 2, b / 2]), dual_equality=-b / 2)
+    >>> b = torch.tensor(3.0, requires_grad=True)
+    >>> point = shortest(None, b)
+    >>> torch.autograd.grad(point.primal[0], b)[0], point.dual_inequality is None
+    (tensor(0.5000), True)
+    """
 
     primal: Tree
     dual_equality: Tree | None = None
@@ -36,7 +50,9 @@ class KKT:
     where one is active with μ = 0 is reported as :attr:`~implicitdiff.Status.NOT_SMOOTH`. Without inequalities the
     structure is "symmetric" (and indefinite).
 
-    Raises :class:`ImplicitDiffError` where a multiplier is missing or has no constraint.
+    Each of x, ν and μ is a tensor or a tree of any shapes. Raises TypeError for a function that is not callable, and in
+    use :class:`~implicitdiff.ImplicitDiffError` where a multiplier is missing or has no constraint, or is not a tree
+    like what the constraint returns.
 
     >>> condition = KKT(lambda x, c: 0.5 * (x**2).sum() - c @ x, inequality=lambda x, c: -x)
     >>> point = KKTPoint(torch.tensor([1.0, 0.0]), dual_inequality=torch.tensor([0.0, 2.0]))
@@ -73,6 +89,10 @@ class KKT:
             complementarity = pytree.tree_map(_natural, x.dual_inequality, constraints["inequality"])
         return KKTPoint(gradient, constraints.get("equality"), complementarity)
 
+    def __repr__(self) -> str:
+        functions = {"objective": self._objective, "equality": self._equality, "inequality": self._inequality}
+        return call_of(type(self).__name__, functions)
+
     def _constraints(self, x: KKTPoint) -> dict[str, tuple[Callable[..., Tree], Tree]]:
         """The constraints that there are, each with its multiplier."""
         both = {"equality": (self._equality, x.dual_equality), "inequality": (self._inequality, x.dual_inequality)}
@@ -87,7 +107,7 @@ class KKT:
             ("inequality", self._inequality, point.dual_inequality),
         ):
             if (function is None) != (dual is None):
-                given, wanted = ("no", "a") if dual is None else ("a", "no")
+                given, wanted = ("no", "an") if dual is None else ("a", "no")
                 raise ImplicitDiffError(
                     f"x has {given} dual_{name}, but the condition has {wanted} {name} constraint: they come together."
                 )

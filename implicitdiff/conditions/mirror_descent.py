@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._names import call_of
 from .base import Tree, checked_callable, checked_stepsize
 from .fixed_point import FixedPoint
 
@@ -21,6 +22,9 @@ class MirrorDescent(FixedPoint):
       for the negative entropy;
     * ``projection(y, *args)``: the Bregman projection from the dual space, argmin over the set of φ(x) − ⟨x, y⟩:
       softmax for the entropy on the simplex (:func:`implicitdiff.projections.kl_simplex`).
+
+    x is a tensor or a tree of them, of any shapes, and the mirror map and the projection return trees like it. Raises
+    TypeError for what is not callable, and ValueError for a ``stepsize`` that is not positive.
 
     >>> condition = MirrorDescent(lambda x, c: (c * x).sum() + (x * x.log()).sum(),
     ...                           lambda y, c: torch.softmax(y, -1), torch.log)
@@ -48,3 +52,6 @@ class MirrorDescent(FixedPoint):
         gradient = torch.func.grad(self.objective)(x, *args, **kwargs)
         y = pytree.tree_map(lambda m, g: m - self.stepsize * g, self.mirror_map(x), gradient)
         return self.projection(y, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        return call_of(type(self).__name__, vars(self))

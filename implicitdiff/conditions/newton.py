@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .._names import call_of
 from .._tree import Vectorizer
 from .base import Tree, checked_callable
 from .fixed_point import FixedPoint
@@ -18,6 +19,9 @@ class Newton(FixedPoint):
 
     At a root ∂F/∂x is the identity, so that every linear solver is done at once; but each evaluation forms and inverts
     the n × n matrix J, so that this pays for small n only.
+
+    x is a tensor or a tree of them, of n numbers in all. Raises TypeError for a ``residual`` that is not callable, and
+    in use :class:`~implicitdiff.ImplicitDiffError` where it does not return a tree like x.
 
     >>> Newton(lambda x, y: x**2 - y).update(torch.tensor([2.0]), 5.0)
     tensor([2.2500])
@@ -37,3 +41,6 @@ class Newton(FixedPoint):
         # Not linalg.solve: torch's own derivative of it is wrong under vmap(jacfwd).
         inverse = torch.linalg.inv(torch.func.jacrev(residual)(vector))
         return vectorizer.unravel(vector - inverse @ residual(vector))
+
+    def __repr__(self) -> str:
+        return call_of(type(self).__name__, {"residual": self._residual})

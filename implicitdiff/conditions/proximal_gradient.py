@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._names import call_of
 from .base import Tree, checked_callable, checked_stepsize
 from .fixed_point import FixedPoint
 
@@ -48,6 +49,9 @@ class ProximalGradient(ForwardBackward):
     Where the derivative of the prox is diagonal, a 0/1 mask for the lasso, the linear systems of derivatives are solved
     on the support alone (Bertrand et al. 2022), which is exact, smaller and symmetric.
 
+    x is a tensor or a tree of them, of any shapes. Raises TypeError for what is not callable, and ValueError for a
+    ``stepsize`` that is not positive.
+
     >>> from implicitdiff import prox
     >>> lasso = ProximalGradient(lambda x, y: 0.5 * ((x - y) ** 2).sum(), lambda v, s, y: prox.lasso(v, s, 1.0))
     >>> lasso.residual(torch.tensor([2.0, 0.0]), torch.tensor([3.0, 0.5]))
@@ -69,13 +73,16 @@ class ProximalGradient(ForwardBackward):
     def backward_step(self, v: Tree, *args: Any, **kwargs: Any) -> Tree:
         return self.prox(v, self.stepsize, *args, **kwargs)
 
+    def __repr__(self) -> str:
+        return call_of(type(self).__name__, {"objective": self.objective, "prox": self.prox, "stepsize": self.stepsize})
+
 
 class ProjectedGradient(ProximalGradient):
     """x = projection(x − stepsize · ∇f(x, *args), *args): x minimises f over a convex set (Blondel et al. 2022,
     Table 1).
 
-    ``projection(v, *args)`` is the Euclidean one, a tree like v; see :mod:`implicitdiff.projections`. Everything else
-    as in :class:`ProximalGradient`.
+    ``projection(v, *args)`` is the Euclidean one, a tree like v; see :mod:`implicitdiff.projections`. Everything else,
+    shapes and errors included, is as in :class:`ProximalGradient`.
 
     >>> condition = ProjectedGradient(lambda x, y: ((x - y) ** 2).sum(), lambda v, y: v.clamp(min=0))
     >>> condition.residual(torch.tensor([2.0, 0.0]), torch.tensor([2.0, -3.0]))
@@ -91,15 +98,20 @@ class ProjectedGradient(ProximalGradient):
     def _prox(self, v: Tree, stepsize: float, *args: Any, **kwargs: Any) -> Tree:
         return self.projection(v, *args, **kwargs)
 
+    def __repr__(self) -> str:
+        settings = {"objective": self.objective, "projection": self.projection, "stepsize": self.stepsize}
+        return call_of(type(self).__name__, settings)
+
 
 class BlockProximalGradient(ForwardBackward):
     """xᵢ = proxᵢ(xᵢ − stepsizeᵢ · ∇ᵢf(x, *args), stepsizeᵢ, *args) for each block i of x (Blondel et al. 2022,
     Table 1).
 
-    x is a container of blocks; ``proxes`` and ``stepsizes`` are containers of the same kind and length, a prox and a
-    step length per block.
+    x is a container of blocks, each a tensor or a tree of any shapes; ``proxes`` and ``stepsizes`` are containers of
+    the same kind and length, a prox(v, stepsize, *args) and a step length per block.
 
-    Raises ValueError where they do not fit each other, or x.
+    Raises ValueError where they do not fit each other, or x, or a step is not positive, and TypeError for a prox or an
+    ``objective`` that is not callable.
 
     >>> from implicitdiff import prox
     >>> condition = BlockProximalGradient(
@@ -144,3 +156,7 @@ class BlockProximalGradient(ForwardBackward):
     def backward_step(self, v: Tree, *args: Any, **kwargs: Any) -> Tree:
         parts = zip(self.blocks(v), self.proxes, self._stepsizes, strict=True)
         return pytree.tree_unflatten([prox(block, step, *args, **kwargs) for block, prox, step in parts], self._spec)
+
+    def __repr__(self) -> str:
+        proxes, steps = (pytree.tree_unflatten(each, self._spec) for each in (self.proxes, self._stepsizes))
+        return call_of(type(self).__name__, {"objective": self.objective, "proxes": proxes, "stepsizes": steps})

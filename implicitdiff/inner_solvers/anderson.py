@@ -26,6 +26,11 @@ class Anderson(InnerSolver):
 
     The next iterate is that of the plain iteration from the affine combination of the last ``history`` + 1 iterates
     whose linearised residual is smallest. A step after which the residual has grown tenfold forgets the history.
+    It costs one evaluation of F and holds twice ``history`` vectors.
+
+    * ``history``: at least 1.
+
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`.
 
     >>> import implicitdiff as idf
     >>> layer = idf.FixedPointLayer(lambda x, t: torch.cos(x) + t, inner_solver=Anderson())
@@ -46,8 +51,7 @@ class Anderson(InnerSolver):
         super().__init__(
             tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
         )
-        check_max_iterations(history)
-        self.history = history
+        self.history = check_max_iterations(history, "history")
 
     def start(self, problem: InnerProblem, x0: Tensor) -> AndersonState:
         residual = problem.residual(x0)

@@ -14,11 +14,12 @@ from .._compiled import STEPS, CompiledSteps, compiled_steps
 from .._iteration import Ended, Marched, check_interval, every, iterate, march
 from .._jacobian import JacobianOperator
 from .._limited_memory import LimitedMemory
+from .._names import call_of, name_of
 from .._vectors import vector_norm
 from ..conditions import Condition, Stationary
 from ..errors import ImplicitDiffError
 from ..info import FailurePolicy, SolveInfo, Status
-from ..linear_solvers.base import check_max_iterations, check_not_negative, check_policy
+from ..linear_solvers.base import LinearSolver, check_max_iterations, check_not_negative, check_policy
 from ..operators import LinearOperator
 
 DECIDES = "its steps decide by values, as in a search for a step length, where a compiled step cannot branch"
@@ -29,7 +30,24 @@ AT_X = ("value", "gradient", "residual", "residual_norm")
 
 
 class InnerProblem(Protocol):
-    """The problem at fixed args, on tensors x of shape (*batch, n), system by system."""
+    """The problem at fixed args, on tensors x of shape (*batch, n), system by system.
+
+    What an inner solver gets from its layer. Objectives come with an :class:`~implicitdiff.ArgminLayer` only: elsewhere
+    ``objective``, ``gradient`` and ``hessian`` raise :class:`~implicitdiff.ImplicitDiffError`, as everything does where
+    the function of the layer returns what it must not.
+
+    An inner solver of one's own, Newton's method with a fixed number of steps:
+
+    >>> import implicitdiff as idf
+    >>> from implicitdiff.inner_solvers import InnerProblem
+    >>> def newton(problem: InnerProblem, x0: torch.Tensor) -> torch.Tensor:
+    ...     x = x0
+    ...     for _ in range(6):
+    ...         x = x - idf.Dense()(problem.jacobian(x), problem.residual(x)).value
+    ...     return x
+    >>> idf.RootLayer(lambda x, y: x**2 - y, inner_solver=newton)(torch.ones(2), torch.tensor([4.0, 9.0]))
+    tensor([2., 3.])
+    """
 
     def objective(self, x: Tensor) -> Tensor:
         """The objective, of shape (*batch,)."""
@@ -84,8 +102,40 @@ class InnerSolver(ABC):
 
     A fixed number of steps is ``max_iterations=16, tol=0.0, on_failure="ignore"``.
 
+    x is the layer's tree ``init`` as a vector of n numbers; under ``torch.func.vmap`` there is one for each system of
+    the batch.
+
+    Raises:
+        ValueError: a setting out of its range: ``tol`` below 0, ``max_iterations`` or ``check_every`` below 1.
+        ImplicitDiffError: when called: a problem that the method is not for (an objective where there is none).
+        ConvergenceError: when called: a system was not solved, under ``on_failure="raise"``.
+
+    Warns:
+        ConvergenceWarning: a system was not solved, under ``on_failure="warn"``.
+
     A custom inner solver may also be any callable ``(problem, x0) -> x``; ``problem`` offers ``objective(x)``,
-    ``gradient(x)``, ``residual(x)``, and ``hessian(x)`` / ``jacobian(x)`` as operators.
+    ``gradient(x)``, ``residual(x)``, and ``hessian(x)`` / ``jacobian(x)`` as operators
+    (:class:`~implicitdiff.inner_solvers.InnerProblem`).
+
+    >>> from typing import Any, NamedTuple
+    >>> import implicitdiff as idf
+    >>> from implicitdiff.inner_solvers import InnerProblem
+    >>> class State(NamedTuple):
+    ...     x: torch.Tensor
+    ...     gradient: torch.Tensor
+    ...     residual_norm: torch.Tensor
+    >>> class Descent(InnerSolver):
+    ...     def __init__(self, stepsize: float, **settings: Any) -> None:
+    ...         super().__init__(**settings)
+    ...         self.stepsize = stepsize
+    ...     def start(self, problem: InnerProblem, x0: torch.Tensor) -> State:
+    ...         gradient = problem.gradient(x0)
+    ...         return State(x0, gradient, torch.linalg.vector_norm(gradient, dim=-1))
+    ...     def step(self, problem: InnerProblem, state: State) -> State:
+    ...         return self.start(problem, state.x - self.stepsize * state.gradient)
+    >>> layer = idf.ArgminLayer(lambda x, t: ((x - t) ** 2).sum(), inner_solver=Descent(0.4))
+    >>> layer(torch.zeros(2), torch.tensor([1.0, 2.0])).round(decimals=2)
+    tensor([1., 2.])
     """
 
     def __init__(
@@ -99,9 +149,10 @@ class InnerSolver(ABC):
     ) -> None:
         if tol is not None:
             check_not_negative(tol=tol)
-        if check_max_iterations(max_iterations) is None:
+        limit = check_max_iterations(max_iterations)
+        if limit is None:
             raise ValueError("max_iterations is None, but it must be a whole number of at least 1.")
-        self.tol, self.max_iterations, self.on_failure = tol, max_iterations, check_policy(on_failure)
+        self.tol, self.max_iterations, self.on_failure = tol, limit, check_policy(on_failure)
         self.compile, self.check_every = compile, check_interval(check_every)
 
     uncompilable: str | None = None
@@ -165,9 +216,7 @@ class InnerSolver(ABC):
         return torch.finfo(initial.dtype).eps ** 0.5 * initial.clamp(min=1.0).nan_to_num(1.0)
 
     def __repr__(self) -> str:
-        given = {k: v for k, v in vars(self).items() if not (k.startswith("_") or v is None or v is False)}
-        settings = ", ".join(f"{k}={v!r}" for k, v in given.items())
-        return f"{type(self).__name__}({settings})"
+        return call_of(type(self).__name__, vars(self))
 
 
 def _renewed(state: Any, fresh: Any) -> Any:
@@ -182,19 +231,20 @@ def _renewed(state: Any, fresh: Any) -> Any:
 class CallableInnerSolver:
     """Any callable ``(problem, x0) -> x``: the residual at what it returns is reported.
 
-    It has a tolerance of its own that is not known here, so that no failure is acted on unless x is not finite.
+    It has a tolerance of its own that is not known here, so that no failure is acted on unless x is not finite. Where x
+    is differentiated and is no solution, that is reported.
     """
 
     on_failure: FailurePolicy = "warn"
 
-    def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[InnerProblem, Tensor], Tensor]) -> None:
         self.function = function
 
     def condition(self, objective: Callable[..., Tensor]) -> Condition:
         return Stationary(objective)
 
     def solve(self, problem: InnerProblem, x0: Tensor) -> tuple[Tensor, SolveInfo]:
-        name = getattr(self.function, "__name__", type(self.function).__name__)
+        name = name_of(self.function)
         x = self.function(problem, x0)
         if not isinstance(x, Tensor) or x.shape != x0.shape:
             given = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -205,6 +255,13 @@ class CallableInnerSolver:
         x = x.detach().to(x0)
         return x, reported_at(problem, x, name)
 
+    def __repr__(self) -> str:
+        return name_of(self.function)
+
+
+InnerSolverLike = InnerSolver | Callable[[InnerProblem, Tensor], Tensor]
+"""What may be passed as ``inner_solver``."""
+
 
 def reported_at(problem: InnerProblem, x: Tensor, name: str) -> SolveInfo:
     """The report of a solution that somebody else found: ‖F(x)‖₂, and whether it is finite."""
@@ -212,17 +269,20 @@ def reported_at(problem: InnerProblem, x: Tensor, name: str) -> SolveInfo:
     finite = norm.isfinite()
     zero = torch.zeros_like(norm, dtype=torch.int64)
     status = torch.where(finite, int(Status.CONVERGED), int(Status.NON_FINITE))
-    return SolveInfo(zero, norm, finite, status, 0, name)
+    return SolveInfo(zero, norm, finite, status, 0, name, judged=False)
 
 
-def as_inner_solver(solver: Any, default: Any) -> Any:
+def as_inner_solver(solver: InnerSolverLike | None, default: Callable[[], InnerSolver]) -> Any:
     """What the user passed as ``inner_solver``, as an object with ``solve`` and ``on_failure``."""
     if solver is None:
         return default()
     if isinstance(solver, InnerSolver):
         return solver
-    if isinstance(solver, type) or not callable(solver):
-        hint = f" (did you mean {solver.__name__}()?)" if isinstance(solver, type) else ""
+    if isinstance(solver, type | LinearSolver) or not callable(solver):
+        kind = solver if isinstance(solver, type) else type(solver)
+        is_linear = issubclass(kind, LinearSolver)
+        meant = f"linear_solver={kind.__name__}()" if is_linear else f"{kind.__name__}()"
+        hint = f" (did you mean {meant}?)" if kind is solver or is_linear else ""
         raise TypeError(
             f"inner_solver is {solver!r}, but it must be an InnerSolver such as LBFGS(), or a callable "
             f"(problem, x0) -> x{hint}."

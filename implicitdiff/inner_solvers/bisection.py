@@ -36,6 +36,9 @@ class Bisection(InnerSolver):
     infinite F has a sign, and is fine), and as ``STAGNATED`` where the interval has shrunk to neighbouring numbers and
     ‖F‖ is still above ``tol``: a pole or a jump, no root.
 
+    Each step halves the interval and costs one evaluation of F (Burden and Faires 2011, Algorithm 2.1). Further
+    settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`.
+
     Raises ValueError where ``lower`` is not below ``upper`` or one of them is not finite, and
     :class:`~implicitdiff.ImplicitDiffError` where they do not broadcast to x.
 

@@ -39,8 +39,9 @@ class BlockCoordinateDescentState(NamedTuple):
 
 
 class BlockCoordinateDescent(InnerSolver):
-    """Cyclic block proximal gradient (Beck and Tetruashvili 2013; Tseng and Yun 2009 with several proxes) for
-    objective(x) + Σ gᵢ(xᵢ).
+    """Cyclic block proximal gradient for objective(x) + Σ gᵢ(xᵢ), x a container of blocks.
+
+    See Beck and Tetruashvili 2013, and Tseng and Yun 2009 with several proxes.
 
     * ``proxes``: a container like x with a prox(v, stepsize, *args) for each block; a block may be a tree;
     * ``stepsizes``: a container like that of fixed steps, at most 1/Lᵢ where Lᵢ is the Lipschitz constant of ∇ᵢf in
@@ -55,7 +56,8 @@ class BlockCoordinateDescent(InnerSolver):
     sparse solutions; for many blocks that all move, :class:`ProximalGradient` with one prox of all of x needs
     one gradient where a sweep needs as many as there are blocks.
 
-    Raises ValueError where ``proxes``, ``stepsizes`` and x do not fit each other.
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
+    needs an objective. Raises ValueError where ``proxes``, ``stepsizes`` and x do not fit each other.
 
     >>> import implicitdiff as idf
     >>> def shrink(v, stepsize, y):

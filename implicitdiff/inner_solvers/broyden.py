@@ -71,6 +71,7 @@ class Broyden(InnerSolver):
     in the first steps (the condition of La Cruz, Martínez and Raydan 2006): the method is fast and seldom monotone.
     Systems where no step is found, or ‖F‖ has long not improved, end as ``STAGNATED``.
 
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`.
     Raises ValueError for a ``history`` that is not a whole number of at least 1.
 
     >>> import implicitdiff as idf
@@ -94,9 +95,10 @@ class Broyden(InnerSolver):
         super().__init__(
             tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
         )
-        if check_max_iterations(history) is None:
+        pairs = check_max_iterations(history, "history")
+        if pairs is None:
             raise ValueError("history is None, but it must be a whole number of at least 1.")
-        self.history = history
+        self.history = pairs
 
     def start(self, problem: InnerProblem, x0: Tensor) -> BroydenState:
         residual = problem.residual(x0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..info import FailurePolicy
 from ..linear_solvers.auto import DENSE_UP_TO
-from ..linear_solvers.base import LinearSolver, as_linear_solver
+from ..linear_solvers.base import LinearSolver, LinearSolverLike, as_linear_solver
 from ..linear_solvers.dense import Dense
 from ..linear_solvers.lsmr import LSMR
 from ._line_search import Iterate, advance, first_iterate
@@ -34,6 +34,7 @@ class GaussNewton(InnerSolver):
     * ``linear_solver``: finds d. It must take rectangular operators: :class:`~implicitdiff.Dense` (the default up to
       n = 64), :class:`~implicitdiff.LSMR` (the default above) or :class:`~implicitdiff.Auto`.
 
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`.
     Raises ValueError for another linear solver, and :class:`~implicitdiff.ImplicitDiffError` where the objective is
     not a :class:`~implicitdiff.LeastSquares`. It cannot be unrolled.
 
@@ -49,7 +50,7 @@ class GaussNewton(InnerSolver):
 
     def __init__(
         self,
-        linear_solver: Any = None,
+        linear_solver: LinearSolverLike | None = None,
         *,
         tol: float | None = None,
         max_iterations: int = 200,

@@ -22,10 +22,15 @@ class GradientDescentState(NamedTuple):
 
 
 class GradientDescent(InnerSolver):
-    """Gradient descent, by a fixed step or by a line search (``stepsize=None``: backtracking from twice the last step).
+    """Gradient descent, by a fixed step or by a line search.
 
-    With ``momentum`` μ (needs a fixed step): v ← μ v + ∇f, x ← x − step · v, or with ``nesterov=True``
-    x ← x − step · (∇f + μ v) (Sutskever et al. 2013, in torch.optim.SGD's form).
+    * ``stepsize``: a positive number, which converges below 2/L for a gradient with Lipschitz constant L. None: by
+      backtracking from twice the last step, until f has decreased enough (Nocedal and Wright 2006, Algorithm 3.1);
+    * ``momentum``: μ of at least 0 and below 1, with a fixed step: v ← μ v + ∇f, x ← x − step · v;
+    * ``nesterov``: x ← x − step · (∇f + μ v) instead (Sutskever et al. 2013, in torch.optim.SGD's form).
+
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
+    needs an objective. Raises ValueError for these three out of range, and for a momentum without a fixed step.
 
     >>> import implicitdiff as idf
     >>> layer = idf.ArgminLayer(lambda x, t: ((x - t) ** 2).sum(), inner_solver=GradientDescent(stepsize=0.4))

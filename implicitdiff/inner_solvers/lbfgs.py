@@ -36,7 +36,7 @@ class LBFGSState(NamedTuple):
 class LBFGS(InnerSolver):
     """L-BFGS (Nocedal and Wright 2006, Algorithm 7.4) with a line search for the strong Wolfe conditions.
 
-    * ``history``: the number of pairs (step, change of the gradient) that it keeps;
+    * ``history``: the number of pairs (step, change of the gradient) that it keeps, at least 1;
     * ``lower``, ``upper``: bounds of x, each a number for all of x or a tree like x; None: no bound. Where x starts
       outside it starts from the nearest point inside. Bounds that are tensors get gradients.
 
@@ -46,8 +46,9 @@ class LBFGS(InnerSolver):
     :class:`~implicitdiff.conditions.ProjectedGradient`: converged means ‖x − P(x − ∇f)‖₂ ≤ tol, P the projection onto
     the bounds, and derivatives are those of the variables that are not on their bounds.
 
-    Raises ValueError, or :class:`~implicitdiff.ImplicitDiffError` when called, where a lower bound is above the upper
-    one or a bound does not fit x.
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
+    needs an objective. Raises ValueError, or :class:`~implicitdiff.ImplicitDiffError` when called, where a lower bound
+    is above the upper one or a bound does not fit x.
 
     >>> import implicitdiff as idf
     >>> layer = idf.ArgminLayer(lambda x, t: (torch.cosh(x - t) + x**2).sum(), inner_solver=LBFGS(tol=1e-6))
@@ -75,10 +76,10 @@ class LBFGS(InnerSolver):
         super().__init__(
             tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
         )
-        check_max_iterations(history)
         if _is_number(lower) and _is_number(upper) and not lower <= upper:
             raise ValueError(f"lower is {lower!r} and upper {upper!r}, but lower must not be above upper.")
-        self.history, self.lower, self.upper = history, lower, upper
+        self.history = check_max_iterations(history, "history")
+        self.lower, self.upper = lower, upper
 
     def condition(self, objective: Callable[..., Tensor]) -> Condition:
         return ProjectedGradient(objective, self._projection) if self._is_bounded else Stationary(objective)

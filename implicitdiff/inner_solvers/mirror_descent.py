@@ -37,7 +37,9 @@ class MirrorDescentState(NamedTuple):
 
 
 class MirrorDescent(InnerSolver):
-    """Mirror descent, x ← projection(mirror_map(x) − step · ∇f(x)) (Beck and Teboulle 2003, Eq. 3.7).
+    """Mirror descent, x ← projection(mirror_map(x) − step · ∇f(x)).
+
+    It is that of Beck and Teboulle (2003, Eq. 3.7). A step costs one gradient and, without a fixed step, the objective.
 
     * ``projection(y, *args)`` and ``mirror_map(x)``: the Bregman projection from the dual space, and ∇φ into it, as in
       :class:`implicitdiff.conditions.MirrorDescent`;
@@ -48,6 +50,9 @@ class MirrorDescent(InnerSolver):
     Its condition is that of :class:`implicitdiff.conditions.MirrorDescent` with that step (1 for None): converged means
     ‖x − projection(mirror_map(x) − stepsize · ∇f(x))‖₂ ≤ tol. It must start where the mirror map is finite: inside of
     the simplex for the entropy.
+
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
+    needs an objective. Raises TypeError for what is not callable, and ValueError for a step that is not positive.
 
     >>> import implicitdiff as idf
     >>> solver = MirrorDescent(lambda y, c: torch.softmax(y, -1), torch.log)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,10 +10,14 @@ from torch import Tensor
 from .._vectors import vector_norm
 from ..info import RUNNING, FailurePolicy, Status
 from ..linear_solvers.auto import Auto
-from ..linear_solvers.base import as_linear_solver
+from ..linear_solvers.base import LinearSolverLike, as_linear_solver
 from .base import DECIDES, InnerProblem, InnerSolver
 
 MAX_HALVINGS = 20
+UNSOLVED = 0.1
+"""A linear solver has given up on a Newton system that it leaves with a relative residual above this."""
+IDLE = 0.99
+"""A step from such a solve must lower ‖F‖ at least to this part of it: each further one would cost as much."""
 
 
 class NewtonState(NamedTuple):
@@ -26,8 +30,13 @@ class NewtonState(NamedTuple):
 class Newton(InnerSolver):
     """x ← x − step · A⁻¹ F(x), with the step halved until ‖F‖₂ decreases (Dennis and Schnabel 1996, section 6.5).
 
-    For roots, fixed points and (saddle points included) stationary points. ``linear_solver`` solves the Newton
-    systems; ``Auto()`` by default.
+    For roots, fixed points and (saddle points included) stationary points. A system where no step lowers ‖F‖₂ ends as
+    ``STAGNATED``; as ``BREAKDOWN`` where its linear system is not solved, so that the step is of little use.
+
+    * ``linear_solver``: solves the Newton systems, A = ∂F/∂x; :class:`~implicitdiff.Auto` by default.
+
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
+    cannot be unrolled.
 
     >>> import implicitdiff as idf
     >>> idf.RootLayer(lambda x, y: x**2 - y, inner_solver=Newton())(torch.ones(1), torch.tensor([4.0]))
@@ -38,7 +47,7 @@ class Newton(InnerSolver):
 
     def __init__(
         self,
-        linear_solver: Any = None,
+        linear_solver: LinearSolverLike | None = None,
         *,
         tol: float | None = None,
         max_iterations: int = 100,
@@ -57,7 +66,10 @@ class Newton(InnerSolver):
         return NewtonState(x0, residual, norm, torch.full_like(norm, RUNNING, dtype=torch.int64))
 
     def step(self, problem: InnerProblem, state: NewtonState) -> NewtonState:
-        direction = -self.linear_solver.solve(problem.jacobian(state.x), state.residual).value
+        solution = self.linear_solver.solve(problem.jacobian(state.x), state.residual)
+        direction, info = -solution.value, solution.info
+        # A singular system is another matter: of a stationary point of ‖F‖, say.
+        gave_up = (info.residual_norm > UNSOLVED) & (info.status != Status.BREAKDOWN)
         # The full step in parts of a system that is done may be anything: it is not taken.
         direction = torch.where(direction.isfinite().all(-1, keepdim=True), direction, 0)
         step = torch.ones_like(state.residual_norm)
@@ -71,6 +83,8 @@ class Newton(InnerSolver):
             step = torch.where(ok, step, 0.5 * step)
         # No shorter step helps: rounding, or a stationary point of ‖F‖ that is no root.
         status = torch.where(ok, state.status, int(Status.STAGNATED))
+        idle = ~ok | (norm > IDLE * state.residual_norm)
+        status = torch.where(gave_up & idle, int(Status.BREAKDOWN), status)
         taken = ok.unsqueeze(-1)
         return NewtonState(
             torch.where(taken, x, state.x),

@@ -30,6 +30,11 @@ class NewtonCG(InnerSolver):
     and truncated where CG meets negative curvature (Steihaug 1983); the steepest descent direction where it does so at
     once.
 
+    * ``cg_iterations``: at least 1; None means 10·n, at least 100.
+
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
+    needs an objective, and cannot be unrolled.
+
     >>> import implicitdiff as idf
     >>> layer = idf.ArgminLayer(lambda x, t: (torch.exp(x) - t * x).sum(), inner_solver=NewtonCG())
     >>> layer(torch.zeros(1), torch.tensor([1.0])).item()
@@ -51,7 +56,7 @@ class NewtonCG(InnerSolver):
         super().__init__(
             tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
         )
-        self.cg_iterations = check_max_iterations(cg_iterations)
+        self.cg_iterations = check_max_iterations(cg_iterations, "cg_iterations")
 
     def start(self, problem: InnerProblem, x0: Tensor) -> NewtonCGState:
         return self._state(first_iterate(problem, x0))

@@ -28,10 +28,12 @@ class NonlinearCGState(NamedTuple):
 
 
 class NonlinearCG(InnerSolver):
-    """The conjugate gradient method of Hager and Zhang (2005, Eq. 1.3), with strong Wolfe line searches.
+    """The conjugate gradient method of Hager and Zhang (2005), with strong Wolfe line searches.
 
-    It holds four vectors only. Its directions descend whatever the line search (with the lower bound on β of Hager and
-    Zhang 2013); it starts again along −∇f where rounding spoils that.
+    It holds four vectors only. Its directions, by their Eq. 1.3, descend whatever the line search (with the lower bound
+    on β of Hager and Zhang 2013); it starts again along −∇f where rounding spoils that.
+
+    Shapes, settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It needs an objective.
 
     >>> import implicitdiff as idf
     >>> layer = idf.ArgminLayer(lambda x, t: (torch.cosh(x - t) + x**2).sum(), inner_solver=NonlinearCG(tol=1e-6))

@@ -34,8 +34,12 @@ class TorchOptimizer(InnerSolver):
     objectives; tolerances of its own must be below ``tol``
     (``tolerance_grad=0.0, tolerance_change=0.0`` for LBFGS), or the systems end as ``STAGNATED`` when it stops to move.
 
-    It needs an objective, so an :class:`~implicitdiff.ArgminLayer`, and cannot be unrolled
-    (:class:`~implicitdiff.ImplicitDiffError`). A setting that the class does not know is its own TypeError, here.
+    * ``optimizer_class``, ``settings``: as in ``torch.optim.Adam(parameters, lr=0.1)``.
+
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
+    needs an objective, so an :class:`~implicitdiff.ArgminLayer`, and cannot be unrolled
+    (:class:`~implicitdiff.ImplicitDiffError`). Raises TypeError for what is not such a class; a setting that the class
+    does not know is its own TypeError, here.
 
     >>> import implicitdiff as idf
     >>> adam = TorchOptimizer(torch.optim.Adam, lr=0.1, tol=1e-3)

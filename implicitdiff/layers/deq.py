@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 from ..conditions import Tree
 from ..errors import ImplicitDiffError
 from ..info import Solution
+from ..inner_solvers.base import InnerSolverLike
+from ..linear_solvers.base import LinearSolverLike
 from .implicit_layers import FixedPointLayer
 
 
@@ -37,7 +39,13 @@ class DEQ(nn.Module):
     torch.Size([3, 3])
     """
 
-    def __init__(self, update: Callable[..., Tree], *, inner_solver: Any = None, linear_solver: Any = None) -> None:
+    def __init__(
+        self,
+        update: Callable[..., Tree],
+        *,
+        inner_solver: InnerSolverLike | None = None,
+        linear_solver: LinearSolverLike | None = None,
+    ) -> None:
         super().__init__()
         self.layer = FixedPointLayer(update, inner_solver=inner_solver, linear_solver=linear_solver)
 

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .._data_parallel import Ranks, summed, summed_condition
+from .._names import text_of
 from ..api import check_condition, solve_condition
 from ..conditions import Condition, FixedPoint, Root, Tree
 from ..info import Solution
 from ..inner_solvers import LBFGS, Anderson, LevenbergMarquardt, Newton
 from ..inner_solvers._polished import Polished
 from ..inner_solvers._verified import Verified
-from ..inner_solvers.base import as_inner_solver
+from ..inner_solvers.base import InnerSolverLike, as_inner_solver
 from ..least_squares import LeastSquares
 from ..linear_solvers import Auto
-from ..linear_solvers.base import as_linear_solver
+from ..linear_solvers.base import LinearSolverLike, as_linear_solver
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,7 +38,7 @@ class ImplicitLayer(nn.Module):
         function: Any,
         condition: Condition,
         inner_solver: Any,
-        linear_solver: Any,
+        linear_solver: LinearSolverLike | None,
         polish: bool,
         ranks: Ranks | None,
     ) -> None:
@@ -58,12 +59,17 @@ class ImplicitLayer(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"inner_solver={self.inner_solver!r}, linear_solver={self.linear_solver!r}"
+        settings = f"inner_solver={self.inner_solver!r}, linear_solver={self.linear_solver!r}"
+        # A module is a line of its own.
+        return settings if isinstance(self.function, nn.Module) else f"{text_of(self.function)}, {settings}"
 
 
 class ArgminLayer(ImplicitLayer):
     """``layer(init, *args)`` is the x near init that minimises ``objective(x, *args)``, a scalar.
 
+    * ``init``: a tensor or a tree of them (dict, list, tuple, namedtuple), of any shapes; x is one like it. It gets no
+      gradient.
+    * ``args``: whatever else the objective takes; every tensor in them gets a gradient.
     * ``objective``: a callable or an ``nn.Module``; tensors it closes over get gradients like arguments.
     * ``inner_solver``: finds x; :class:`~implicitdiff.inner_solvers.LBFGS` by default, and
       :class:`~implicitdiff.inner_solvers.LevenbergMarquardt` for :class:`~implicitdiff.LeastSquares`. An
@@ -83,7 +89,10 @@ class ArgminLayer(ImplicitLayer):
       has no gradient may differ. A prox, a projection or bounds belong to the whole, not to a rank. A rank whose
       function raises leaves the others waiting until the group's timeout.
 
-    Raises :class:`~implicitdiff.ImplicitDiffError` where the objective is not a scalar or init not a tree of floating
+    ``layer.solve(init, *args)`` returns a :class:`~implicitdiff.Solution`, which has the reports too.
+
+    Raises TypeError for what is not an objective, an inner solver, a linear solver or a condition;
+    :class:`~implicitdiff.ImplicitDiffError` where the objective is not a scalar or init not a tree of floating
     point tensors, and on all ranks where they differ in what must be the same; warns with
     :class:`~implicitdiff.ConvergenceWarning` where a solve failed.
 
@@ -99,31 +108,36 @@ class ArgminLayer(ImplicitLayer):
         self,
         objective: Callable[..., Tensor],
         *,
-        inner_solver: Any = None,
-        linear_solver: Any = None,
+        inner_solver: InnerSolverLike | None = None,
+        linear_solver: LinearSolverLike | None = None,
         condition: Condition | None = None,
         polish: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         ranks = Ranks.of(process_group)
         default = LevenbergMarquardt if isinstance(objective, LeastSquares) else LBFGS
-        inner_solver = as_inner_solver(inner_solver, default)
+        solver = as_inner_solver(inner_solver, default)
         function = objective.function if isinstance(objective, LeastSquares) else objective
         objective = summed(objective, "objective", ranks)
         if condition is None:
-            condition = inner_solver.condition(objective)
+            condition = solver.condition(objective)
         else:
-            inner_solver = Verified(inner_solver)
+            solver = Verified(solver)
             condition = summed_condition(check_condition(condition), ranks)
-        super().__init__(function, condition, inner_solver, linear_solver, polish, ranks)
-        self.objective = objective
+        super().__init__(function, condition, solver, linear_solver, polish, ranks)
+        self.objective, self._condition_is_given = objective, isinstance(solver, Verified)
+
+    def extra_repr(self) -> str:
+        given = f", condition={text_of(self.condition)}" if self._condition_is_given else ""
+        return super().extra_repr() + given
 
 
 class RootLayer(ImplicitLayer):
     """``layer(init, *args)`` is the x near init with ``residual(x, *args) = 0``, a tree like x.
 
-    ``inner_solver`` is :class:`~implicitdiff.inner_solvers.Newton` by default; everything else as in
-    :class:`ArgminLayer`.
+    ``inner_solver`` is :class:`~implicitdiff.inner_solvers.Newton` by default; everything else, shapes
+    and errors included, is as in :class:`ArgminLayer`. A ``residual`` that does not return a tree like x raises
+    :class:`~implicitdiff.ImplicitDiffError`.
 
     >>> import torch
     >>> layer = RootLayer(lambda x, y: x**2 - y)
@@ -136,8 +150,8 @@ class RootLayer(ImplicitLayer):
         self,
         residual: Callable[..., Tree],
         *,
-        inner_solver: Any = None,
-        linear_solver: Any = None,
+        inner_solver: InnerSolverLike | None = None,
+        linear_solver: LinearSolverLike | None = None,
         polish: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
@@ -149,8 +163,9 @@ class RootLayer(ImplicitLayer):
 class FixedPointLayer(ImplicitLayer):
     """``layer(init, *args)`` is the x near init with ``update(x, *args) = x``, a tree like x.
 
-    ``inner_solver`` is :class:`~implicitdiff.inner_solvers.Anderson` by default; everything else as in
-    :class:`ArgminLayer`.
+    ``inner_solver`` is :class:`~implicitdiff.inner_solvers.Anderson` by default; everything else, shapes
+    and errors included, is as in :class:`ArgminLayer`. A ``update`` that does not return a tree like x raises
+    :class:`~implicitdiff.ImplicitDiffError`.
 
     >>> import torch
     >>> layer = FixedPointLayer(lambda x, y: (x + y / x) / 2)  # Heron's square root
@@ -162,8 +177,8 @@ class FixedPointLayer(ImplicitLayer):
         self,
         update: Callable[..., Tree],
         *,
-        inner_solver: Any = None,
-        linear_solver: Any = None,
+        inner_solver: InnerSolverLike | None = None,
+        linear_solver: LinearSolverLike | None = None,
         polish: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:

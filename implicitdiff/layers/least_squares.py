@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from ..conditions import Tree
+from ..inner_solvers.base import InnerSolverLike
 from ..least_squares import LeastSquares
+from ..linear_solvers.base import LinearSolverLike
 from .implicit_layers import ArgminLayer
 
 
@@ -14,7 +15,7 @@ class LeastSquaresLayer(ArgminLayer):
     """``layer(init, *args)`` is the x near init that minimises ½‖residual(x, *args)‖², as in fitting a curve to data.
 
     ``residual`` is a callable or an ``nn.Module`` and returns a tensor or a tree of any shape; ``inner_solver`` is
-    :class:`~implicitdiff.inner_solvers.LevenbergMarquardt` by default; everything else as in
+    :class:`~implicitdiff.inner_solvers.LevenbergMarquardt` by default; everything else, errors included, is as in
     :class:`~implicitdiff.ArgminLayer`. The derivatives are those of the solution, with the exact Hessian: they hold
     where the fit is poor, too.
 
@@ -46,8 +47,8 @@ class LeastSquaresLayer(ArgminLayer):
         self,
         residual: Callable[..., Tree],
         *,
-        inner_solver: Any = None,
-        linear_solver: Any = None,
+        inner_solver: InnerSolverLike | None = None,
+        linear_solver: LinearSolverLike | None = None,
         polish: bool = False,
     ) -> None:
         super().__init__(LeastSquares(residual), inner_solver=inner_solver, linear_solver=linear_solver, polish=polish)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,13 @@ from ..conditions import KKT, KKTPoint
 from ..errors import ImplicitDiffError
 from ..info import FailurePolicy, LinearSolution, Solution, SolveInfo, Status
 from ..linear_solvers import Dense, LinearSolver
-from ..linear_solvers.base import as_linear_solver, check_max_iterations, check_not_negative, check_policy
+from ..linear_solvers.base import (
+    LinearSolverLike,
+    as_linear_solver,
+    check_max_iterations,
+    check_not_negative,
+    check_policy,
+)
 from ..linear_solvers.system import System
 from ..operators import LinearOperator, Transpose
 from ._interior_point import Optimum, Program, default_tolerance, solve_program, times
@@ -62,7 +68,7 @@ class QPLayer(nn.Module):
     def __init__(
         self,
         *,
-        linear_solver: Any = None,
+        linear_solver: LinearSolverLike | None = None,
         tol: float | None = None,
         max_iterations: int = 100,
         warm_start: bool = False,
@@ -71,10 +77,11 @@ class QPLayer(nn.Module):
         super().__init__()
         if tol is not None:
             check_not_negative(tol=tol)
-        if check_max_iterations(max_iterations) is None:
+        limit = check_max_iterations(max_iterations)
+        if limit is None:
             raise ValueError("max_iterations is None, but it must be a whole number of at least 1.")
         self.linear_solver = None if linear_solver is None else as_linear_solver(linear_solver, Dense)
-        self.tol, self.max_iterations, self.warm_start = tol, max_iterations, warm_start
+        self.tol, self.max_iterations, self.warm_start = tol, limit, warm_start
         self.on_failure: FailurePolicy = check_policy(on_failure)
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -87,7 +94,7 @@ class QPLayer(nn.Module):
         G: Tensor | None = None,
         h: Tensor | None = None,
     ) -> Tensor:
-        """The optimum x, of shape (*batch, n)."""
+        """The optimum x, of shape (*batch, n). Name the constraints, G=G, h=h: qpth has them in another order."""
         return self.solve(Q, q, A, b, G, h).value.primal
 
     def solve(
@@ -129,6 +136,9 @@ class QPLayer(nn.Module):
         )
         solution.value = KKTPoint(*(None if k is None else next(parts) for k in unknowns))
         return solution
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         settings = ("linear_solver", "tol", "max_iterations", "warm_start", "on_failure")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from .._captures import plain_value
 from .._marginals import check_marginals
 from .._vectors import dot, vector_norm
 from ..info import FailurePolicy, Solution
-from ..inner_solvers import InnerSolver
+from ..inner_solvers.base import InnerSolver, InnerSolverLike
+from ..linear_solvers.base import LinearSolverLike
 from .implicit_layers import FixedPointLayer
 
 LEVEL_TOLERANCE = 0.5
@@ -52,7 +53,13 @@ class SinkhornLayer(nn.Module):
             [ 0.0492, -0.0492]])
     """
 
-    def __init__(self, epsilon: float | Tensor, *, inner_solver: Any = None, linear_solver: Any = None) -> None:
+    def __init__(
+        self,
+        epsilon: float | Tensor,
+        *,
+        inner_solver: InnerSolverLike | None = None,
+        linear_solver: LinearSolverLike | None = None,
+    ) -> None:
         super().__init__()
         self.epsilon = epsilon
         self._check_epsilon()
@@ -85,6 +92,9 @@ class SinkhornLayer(nn.Module):
         solution.value = plan
         return solution
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def _check_epsilon(self) -> None:
         values = plain_value(self.epsilon) if isinstance(self.epsilon, Tensor) else torch.tensor(float(self.epsilon))
         if not bool(((values > 0) & values.isfinite()).all()):
@@ -111,6 +121,9 @@ class SemidualNewton(InnerSolver):
     1e-2 of the costs, some twenty at 1e-4.
 
     ``tol`` None means √ε, or what rounding allows; F is the logarithm of the column sums over what they should be.
+
+    ``max_iterations`` is per plan. The unknown h is (*batch, n). Errors are those of
+    :class:`~implicitdiff.inner_solvers.InnerSolver`; it solves for a :class:`SinkhornLayer` only.
 
     >>> SemidualNewton(tol=1e-12)
     SemidualNewton(tol=1e-12, max_iterations=200, on_failure='warn')

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from .._captures import find_captures, plain_value
 from .._equations import Equations
 from .._iteration import any_of, select
+from .._names import text_of
 from .._problem import ConditionProblem, InnerProblem
 from .._recomputation import Recomputation
 from ..conditions import Tree
@@ -26,15 +27,17 @@ class UnrolledLayer(nn.Module):
     """``layer(init, *args)`` gives the same x as ``ArgminLayer(objective, inner_solver=...)``, by the same steps, but
     its derivative is that of the steps themselves, through torch's own graph.
 
+    init, args and x are those of :class:`~implicitdiff.ArgminLayer`.
+
     ``truncate=K`` differentiates through the last K steps of each system only: x is detached before them (Shaban et
     al. 2019). Memory grows with the number of steps that are differentiated: by all that the objective computes on its
     way, or with ``checkpoint=True`` by a few vectors like x, as backward evaluates the objective and its gradient again
     at each of them. That asks of the objective that it gives the same value then
     (:class:`~implicitdiff.ImplicitDiffError` otherwise: dropout), and it has no forward-mode derivative.
 
-    Raises TypeError for an inner solver that is not an :class:`~implicitdiff.inner_solvers.InnerSolver`, and
-    :class:`~implicitdiff.ImplicitDiffError` for one that solves with the Hessian (``NewtonCG``, ``Newton``), whose
-    products are not followed.
+    Raises TypeError for an inner solver that is not an :class:`~implicitdiff.inner_solvers.InnerSolver`, ValueError for
+    a ``truncate`` below 0, and :class:`~implicitdiff.ImplicitDiffError` for one that solves with the Hessian
+    (``NewtonCG``, ``Newton``), whose products are not followed.
 
     >>> from implicitdiff.inner_solvers import GradientDescent
     >>> gd = GradientDescent(stepsize=0.25, max_iterations=3, tol=0.0, on_failure="ignore")
@@ -90,6 +93,11 @@ class UnrolledLayer(nn.Module):
         report("forward", solution.forward, self.inner_solver.on_failure)
         solution.value = vectorizer.unravel(ended.state.x if differentiable else ended.state.x.detach())
         return solution
+
+    def extra_repr(self) -> str:
+        settings = f"inner_solver={self.inner_solver!r}, truncate={self.truncate}, checkpoint={self.checkpoint}"
+        # A module is a line of its own.
+        return settings if isinstance(self.function, nn.Module) else f"{text_of(self.function)}, {settings}"
 
     def _step(self, problem: InnerProblem, x0: Tensor) -> Callable[[Any], Any]:
         """The solver's step, with the state detached where the last ``truncate`` steps of a system begin."""

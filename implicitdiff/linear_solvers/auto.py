@@ -30,7 +30,10 @@ class Auto(LinearSolver):
 
     Systems that are small, or of a structure that is solved directly, are factorised (:class:`Dense`); rectangular ones
     go to :class:`LSMR`. Of the others, general ones go to :class:`GMRES`, and symmetric ones to :class:`CG`, continued
-    by :class:`MINRES` where CG meets negative curvature.
+    by :class:`MINRES` where CG meets negative curvature. Small means n ≤ 64.
+
+    Shapes, further settings and errors are those of :class:`~implicitdiff.LinearSolver`; ``max_iterations`` as in
+    :class:`~implicitdiff.IterativeLinearSolver`, for the iterative methods.
 
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[2.0, 0.0], [0.0, -1.0]]), structure="symmetric")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from .._autograd import solution_of
 from .._captures import dual_level_is_open, is_differentiated, transform_level
 from .._linear_problem import LinearProblem
+from .._names import call_of, name_of
 from .._timing import timed
 from .._vectors import scaled_norm
 from ..errors import ImplicitDiffError
@@ -27,15 +30,15 @@ def check_policy(on_failure: FailurePolicy) -> FailurePolicy:
     return on_failure
 
 
-def check_max_iterations(max_iterations: int | None) -> int | None:
-    if max_iterations is not None and (int(max_iterations) != max_iterations or max_iterations < 1):
-        raise ValueError(f"max_iterations is {max_iterations!r}, but it must be a whole number of at least 1, or None.")
-    return max_iterations
+def check_max_iterations(value: int | None, name: str = "max_iterations") -> int | None:
+    if value is not None and not (isinstance(value, Real | Tensor) and value >= 1 and value % 1 == 0):
+        raise ValueError(f"{name} is {value!r}, but it must be a whole number of at least 1, or None.")
+    return None if value is None else int(value)
 
 
 def check_not_negative(**settings: float) -> None:
     for name, value in settings.items():
-        if not value >= 0:
+        if not isinstance(value, Real | Tensor) or not value >= 0:
             raise ValueError(f"{name} is {value!r}, but it must be a number of at least 0.")
 
 
@@ -52,10 +55,30 @@ class LinearSolver(ABC):
 
     The call is differentiable in b and in every tensor that A holds, and works under torch.func's transforms.
 
+    * ``A``: a :class:`~implicitdiff.LinearOperator` of shape (n, n), one for all systems or a batch of them. Of shape
+      (m, n) only for :class:`~implicitdiff.LSMR`, :class:`~implicitdiff.Dense` and :class:`~implicitdiff.Auto`, which
+      then solve the least-squares problem, with b of shape (*batch, m);
+    * ``b``: a real or complex tensor of A's dtype, (*batch, n), with the batch dimensions of A;
+    * ``x0``: a start of the shape of u, as in ``linear_solver(A, b, x0)``; zeros by default.
+
+    It returns a :class:`~implicitdiff.LinearSolution`: ``value``, the u of shape (*batch, n), and ``info``.
+
     Settings common to all:
 
-    * ``rtol``, ``atol``: converged means ‖b − A u‖₂ ≤ max(rtol·‖b‖₂, atol), on the true residual of each system;
+    * ``rtol``, ``atol``: converged means ‖b − A u‖₂ ≤ max(rtol·‖b‖₂, atol), on the true residual of each system; both
+      at least 0;
     * ``on_failure``: "warn" (default), "raise" or "ignore" when a system was not solved.
+
+    A subclass writes ``solve(A, b, x0)``; an iterative one is easier made from
+    :class:`~implicitdiff.IterativeLinearSolver`.
+
+    Raises:
+        ValueError: a setting out of its range; shapes or dtypes of A, b and x0 that do not fit each other.
+        TypeError: A is not a LinearOperator, or b or x0 not a tensor of numbers.
+        ConvergenceError: a system was not solved, under ``on_failure="raise"``.
+
+    Warns:
+        ConvergenceWarning: a system was not solved, under ``on_failure="warn"``.
     """
 
     def __init__(self, *, rtol: float = 1e-6, atol: float = 0.0, on_failure: FailurePolicy = "warn") -> None:
@@ -115,9 +138,7 @@ class LinearSolver(ABC):
         return LinearSolution(value, kept.info)
 
     def __repr__(self) -> str:
-        given = {k: v for k, v in vars(self).items() if not (k.startswith("_") or v is None or v is False)}
-        settings = ", ".join(f"{k}={v!r}" for k, v in given.items())
-        return f"{self.name}({settings})"
+        return call_of(self.name, vars(self))
 
     def _info(
         self,
@@ -161,7 +182,7 @@ class CallableLinearSolver(LinearSolver):
 
     @property
     def name(self) -> str:
-        return getattr(self.function, "__name__", type(self.function).__name__)
+        return name_of(self.function)
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         x = self.function(A, b)
@@ -173,17 +194,29 @@ class CallableLinearSolver(LinearSolver):
             )
         status = torch.full(b.shape[:-1], int(Status.BREAKDOWN), device=b.device)
         system = System(A, b)
-        return LinearSolution(x, self._info(system, b, x.to(b.dtype), torch.zeros_like(status), status))
+        info = self._info(system, b, x.to(b.dtype), torch.zeros_like(status), status)
+        return LinearSolution(x, replace(info, by_function=True))
+
+    def __repr__(self) -> str:
+        return self.name
 
 
-def as_linear_solver(solver: Any, default: type[LinearSolver]) -> LinearSolver:
+LinearSolverLike = LinearSolver | Callable[[LinearOperator, Tensor], Tensor]
+"""What may be passed as ``linear_solver``."""
+
+
+def as_linear_solver(solver: LinearSolverLike | None, default: type[LinearSolver]) -> LinearSolver:
     """What the user passed as ``linear_solver``, as a :class:`LinearSolver`."""
     if solver is None:
         return default()
     if isinstance(solver, LinearSolver):
         return solver
-    if isinstance(solver, type) or not callable(solver):
-        hint = f" (did you mean {solver.__name__}()?)" if isinstance(solver, type) else ""
+    kind = solver if isinstance(solver, type) else type(solver)
+    # An inner solver is callable too.
+    is_inner = not issubclass(kind, LinearSolver) and hasattr(kind, "start") and hasattr(kind, "step")
+    if kind is solver or is_inner or not callable(solver):
+        meant = f"inner_solver={kind.__name__}()" if is_inner else f"{kind.__name__}()"
+        hint = f" (did you mean {meant}?)" if kind is solver or is_inner else ""
         raise TypeError(
             f"linear_solver is {solver!r}, but it must be a LinearSolver such as CG(), or a callable (A, b) -> x{hint}."
         )

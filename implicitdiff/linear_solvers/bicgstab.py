@@ -27,7 +27,10 @@ class BiCGStab(IterativeLinearSolver):
     """BiCGStab (van der Vorst 1992), for any square operator, in short recurrences: two products an iteration.
 
     Preconditioned from the right, so that its residual is the true one. Where a recurrence divides by a number that is
-    zero up to rounding, it ends with ``Status.BREAKDOWN``; GMRES has no such case.
+    zero up to rounding, it ends with ``Status.BREAKDOWN``; GMRES has no such case. About seven vectors of n are held.
+
+    Shapes and errors are those of :class:`~implicitdiff.LinearSolver`, settings those of
+    :class:`~implicitdiff.IterativeLinearSolver`.
 
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[1.0, 1.0], [0.0, 2.0]]))

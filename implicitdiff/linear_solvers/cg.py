@@ -30,7 +30,11 @@ class CG(IterativeLinearSolver):
     """Conjugate gradients (Hestenes and Stiefel 1952; Saad 2003, Algorithm 9.1 with a preconditioner).
 
     For positive definite operators. Where it meets negative curvature, dᵀA d ≤ 0, it stops at the iterate it has and
-    says ``Status.INDEFINITE``. A preconditioner must be symmetric and positive definite too.
+    says ``Status.INDEFINITE``. A preconditioner must be symmetric and positive definite too. An iteration takes one
+    product; four vectors of n are held (one more with a preconditioner).
+
+    Shapes and errors are those of :class:`~implicitdiff.LinearSolver`, settings those of
+    :class:`~implicitdiff.IterativeLinearSolver`.
 
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.diag(torch.tensor([1.0, 2.0, 4.0])), structure="positive_definite")

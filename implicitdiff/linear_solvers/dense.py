@@ -36,11 +36,14 @@ class Dense(LinearSolver):
     does not; LU where it is general. A singular or rectangular matrix gives the least-squares solution of minimum norm;
     the report's method then says so, and where that does not solve a square system its status is BREAKDOWN. Diagonal,
     sparse (by SuperLU) and block-diagonal operators and their :class:`~implicitdiff.operators.LowRankUpdate` (by
-    Woodbury's identity) are solved as they are.
+    Woodbury's identity) are solved as they are. See Golub and Van Loan 2013, Chapters 3 and 4. It holds n² numbers a
+    system and takes n³ operations.
 
     ``warm_start=True`` keeps the last factorisation and refines with it while that converges fast: where the same
     solver serves Newton's forward pass and the backward pass, or step after step of a training, most solves then take
     a few products in the place of n.
+
+    Shapes, further settings and errors are those of :class:`~implicitdiff.LinearSolver`; A may be rectangular.
 
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))

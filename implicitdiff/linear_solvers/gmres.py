@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .._vectors import vector_norm
 from ..info import RUNNING, FailurePolicy, Status
+from ..preconditioners import Preconditioner
 from .iterative import IterativeLinearSolver
-from .system import Preconditioner, System, initial
+from .system import System, initial
 
 
 class GMRESState(NamedTuple):
@@ -29,7 +30,15 @@ class GMRES(IterativeLinearSolver):
     """GMRES with restarts (Saad and Schultz 1986), for any square operator.
 
     Orthogonalised twice by classical Gram-Schmidt; preconditioned from the right, so that its residual is the true
-    one. A cycle of ``restart`` steps that does not lower the residual ends with ``Status.STAGNATED``.
+    one. An iteration takes one product.
+
+    * ``restart``: the steps of a cycle, at least 1. So many vectors of n are held, and orthogonalised against. A cycle
+      that does not lower the residual ends with ``Status.STAGNATED``, and where A is singular up to rounding it ends
+      with ``Status.BREAKDOWN``.
+
+    Shapes and errors are those of :class:`~implicitdiff.LinearSolver`, settings those of
+    :class:`~implicitdiff.IterativeLinearSolver`; ``restart`` below
+    1 raises ValueError.
 
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[1.0, 1.0], [0.0, 2.0]]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from torch import Tensor
 from .._compiled import STEPS, compiled_steps
 from .._iteration import Ended, Marched, check_interval, every, iterate, march
 from .._lanczos import Lanczos
+from .._names import text_of
 from .._timing import timed
 from .._vectors import largest, scaled_norm, vector_norm
+from ..errors import ImplicitDiffError
 from ..info import FailurePolicy, LinearSolution, SolveInfo, Status
 from ..operators import LinearOperator
+from ..preconditioners import Preconditioner
 from .base import LinearSolver, check_max_iterations
-from .system import Preconditioner, System
+from .system import System
 
 NEGLIGIBLE = 0.01
 """A residual that a method carries along is the true one where it has drifted by no more, in parts of the tolerance."""
@@ -38,25 +42,33 @@ class IterativeLinearSolver(LinearSolver):
     * ``check_every``: after so many steps the loop looks whether all systems have ended. None: after each on the CPU,
       after four on an accelerator, where a look waits for the steps under way.
 
-    A state is a NamedTuple with at least ``x`` (*batch, n) and ``residual_norm`` (*batch,), the estimated ‖b − A x‖₂:
+    A state is a NamedTuple with at least ``x`` (*batch, n) and ``residual_norm`` (*batch,), the estimated ‖b − A x‖₂.
+    A subclass with settings of its own passes all others on, and keeps its own as attributes, which ``repr`` shows:
 
-    >>> from typing import NamedTuple
+    >>> from typing import Any, NamedTuple
+    >>> from implicitdiff.linear_solvers import System
     >>> class State(NamedTuple):
     ...     x: torch.Tensor
     ...     residual: torch.Tensor
     ...     residual_norm: torch.Tensor
     >>> class Richardson(IterativeLinearSolver):
-    ...     def start(self, A, b, x0):
+    ...     def __init__(self, stepsize: float, **settings: Any) -> None:
+    ...         super().__init__(**settings)
+    ...         self.stepsize = stepsize
+    ...     def start(self, A: System, b: torch.Tensor, x0: torch.Tensor | None) -> State:
     ...         x = torch.zeros_like(b) if x0 is None else x0
     ...         r = b - A(x)
     ...         return State(x, r, torch.linalg.vector_norm(r, dim=-1))
-    ...     def step(self, A, state):
-    ...         x = state.x + 0.3 * state.residual
-    ...         r = state.residual - 0.3 * A(state.residual)
+    ...     def step(self, A: System, state: State) -> State:
+    ...         x = state.x + self.stepsize * state.residual
+    ...         r = state.residual - self.stepsize * A(state.residual)
     ...         return State(x, r, torch.linalg.vector_norm(r, dim=-1))
     >>> from implicitdiff.operators import DenseOperator
     >>> b = torch.tensor([1.0, 2.0])
-    >>> Richardson()(DenseOperator(2 * torch.eye(2), structure="positive_definite"), b).value
+    >>> solver = Richardson(0.3, rtol=1e-5)
+    >>> solver
+    Richardson(rtol=1e-05, atol=0.0, on_failure='warn', stepsize=0.3)
+    >>> solver(DenseOperator(2 * torch.eye(2), structure="positive_definite"), b).value
     tensor([0.5000, 1.0000])
     """
 
@@ -73,10 +85,12 @@ class IterativeLinearSolver(LinearSolver):
         check_every: int | None = None,
     ) -> None:
         super().__init__(rtol=rtol, atol=atol, on_failure=on_failure)
-        if preconditioner is not None and not callable(preconditioner):
+        is_class = isinstance(preconditioner, type)
+        if preconditioner is not None and (is_class or not callable(preconditioner)):
+            hint = f" (did you mean {preconditioner.__name__}()?)" if isinstance(preconditioner, type) else ""
             raise TypeError(
                 f"preconditioner is {preconditioner!r}, but it must be a callable that takes the operator A and "
-                f"returns a callable v -> M⁻¹ v."
+                f"returns a callable v -> M⁻¹ v{hint}."
             )
         self.max_iterations = check_max_iterations(max_iterations)
         self.preconditioner = preconditioner
@@ -148,8 +162,48 @@ class IterativeLinearSolver(LinearSolver):
         system.in_place = system.in_place and not self.compile and (self.check_every or every(system.device)) == 1
         if self.preconditioner is not None:
             timed_part = timed("preconditioner")
-            system.precondition = timed_part(timed_part(self.preconditioner)(self.preconditioned(system)))
+            apply = timed_part(self.preconditioner)(self.preconditioned(system))
+            system.precondition = timed_part(self._checked(apply))
         return system
+
+    def _checked(self, apply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The product with M⁻¹, which must leave the shape of v as it is."""
+        if not callable(apply):
+            raise ImplicitDiffError(
+                f"the preconditioner {text_of(self.preconditioner)} returned {type(apply).__name__} for A, but it must "
+                f"return a callable v -> M⁻¹ v."
+            )
+
+        def checked(v: Tensor) -> Tensor:
+            out = apply(v)
+            if not isinstance(out, Tensor) or out.shape != v.shape:
+                given = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+                raise ImplicitDiffError(
+                    f"the preconditioner {text_of(self.preconditioner)} made {given} of v of shape {tuple(v.shape)}, "
+                    f"but M⁻¹ v must have the shape of v."
+                )
+            return out
+
+        return checked
+
+    def _started(self, A: System, b: Tensor, x0: Tensor | None) -> Any:
+        """The first state, which must have what the loop reads."""
+        state = self.start(A, b, x0)
+        shapes = {"x": (*b.shape[:-1], A.shape[1]), "residual_norm": tuple(b.shape[:-1])}
+        given = {name: getattr(state, name, None) for name in shapes}
+        if hasattr(state, "_replace") and all(
+            isinstance(given[name], Tensor) and given[name].shape == shape for name, shape in shapes.items()
+        ):
+            return state
+        found = ", ".join(
+            f"{name} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"no tensor {name}"
+            for name, value in given.items()
+        )
+        raise ImplicitDiffError(
+            f"{self.name}.start returned {type(state).__name__} with {found}, but it must return a NamedTuple with at "
+            f"least x of shape (*batch, n) = {shapes['x']} and residual_norm of shape (*batch,) = "
+            f"{shapes['residual_norm']}."
+        )
 
     def _last_start(self, b: Tensor, n: int) -> Tensor | None:
         last = self._last
@@ -176,7 +230,7 @@ class IterativeLinearSolver(LinearSolver):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Lanczos | None]:
         """Iterate until the *true* residual is small, restarting where the recursive one had drifted from it."""
         budget, from_zero = self.max_iterations or max(100, 10 * b.shape[-1]), x is None
-        ended = self._iterate(A, self.start(A, b, x), threshold, budget)
+        ended = self._iterate(A, self._started(A, b, x), threshold, budget)
         x, done, status, best = self.finish(A, ended.state), ended.iterations, ended.status, None
         lanczos = self.lanczos(A, done)
         if from_zero and b.ndim == 1 and int(status) == Status.CONVERGED:

@@ -19,6 +19,8 @@ class JacobianFree(ScaledIdentity):
     The true residual is reported, and converged is said only where it is so; as that is not what one asks for here,
     ``on_failure`` is "ignore" by default.
 
+    Shapes, settings and errors are those of :class:`~implicitdiff.LinearSolver`. One product, for the residual.
+
     >>> import implicitdiff as idf
     >>> layer = idf.FixedPointLayer(lambda x, t: 0.1 * torch.cos(x) + t, linear_solver=JacobianFree())
     >>> torch.func.grad(lambda t: layer(torch.zeros(()), t))(torch.tensor(1.0))  # exact: 1 / (1 + 0.1 sin x) = 0.9199

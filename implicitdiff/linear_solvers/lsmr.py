@@ -46,6 +46,12 @@ class LSMR(IterativeLinearSolver):
     means everywhere, a small residual. Where A is rectangular, it may also mean that no x comes nearer to b:
     ‖Aᵀr‖ ≤ rtol · ‖A‖ · ‖r‖ (their section 6.1). It takes no preconditioner: scale the columns of A.
 
+    An iteration takes one product with A and one with Aᵀ; about six vectors are held. Where A is square and singular
+    and b not in its range, it ends with ``Status.BREAKDOWN``.
+
+    A of shape (*batch, m, n), b (*batch, m), u (*batch, n). Errors are those of :class:`~implicitdiff.LinearSolver`,
+    settings those of :class:`~implicitdiff.IterativeLinearSolver`, but for the preconditioner.
+
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[1.0], [1.0], [1.0]]))
     >>> LSMR()(A, torch.tensor([1.0, 2.0, 6.0])).value  # the mean

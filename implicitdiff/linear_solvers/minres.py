@@ -39,7 +39,12 @@ class MINRES(IterativeLinearSolver):
     """MINRES (Paige and Saunders 1975), for symmetric operators, definite or not, singular consistent ones too.
 
     Its residual never grows, and is tracked as a vector, so that it is ‖b − A x‖₂ with a preconditioner too. A
-    preconditioner must be symmetric and positive definite.
+    preconditioner must be symmetric and positive definite. An iteration takes one product; about eight vectors of n are
+    held. Where A is singular and b not in its range, or the preconditioner not definite, it ends with
+    ``Status.BREAKDOWN``.
+
+    Shapes and errors are those of :class:`~implicitdiff.LinearSolver`, settings those of
+    :class:`~implicitdiff.IterativeLinearSolver`.
 
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.diag(torch.tensor([1.0, -2.0, 4.0])), structure="symmetric")

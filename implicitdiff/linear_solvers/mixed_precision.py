@@ -39,6 +39,8 @@ class MixedPrecision(LinearSolver):
     Raises TypeError for a solver that is not iterative, ValueError for another dtype, and ImplicitDiffError for
     complex systems.
 
+    Shapes and other errors are those of :class:`~implicitdiff.LinearSolver`.
+
     >>> from implicitdiff import CG
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[4.0, 1.0], [1.0, 3.0]]), structure="positive_definite")

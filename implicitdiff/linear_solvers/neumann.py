@@ -18,10 +18,15 @@ class Neumann(LinearSolver):
     """u = scale · Σ_{k<terms} (I − scale·A)ᵏ b (Lorraine, Vicol and Duvenaud 2020, Algorithm 3).
 
     It converges where the spectral radius of I − scale·A is below 1, and sums exactly ``terms`` terms: an
-    approximation by design, whose true residual is reported and judged like every other solver's.
+    approximation by design, whose true residual is reported and judged like every other solver's. Where that is above
+    the tolerance, its status is ``MAX_ITERATIONS``. Two vectors of n are held.
 
-    ``scale`` None means 1 for the operator of a fixed point, A = I − ∂T/∂x, where the series is that of the
-    iteration itself; otherwise 1/‖A‖ from a few products.
+    * ``terms``: at least 1; each but the first takes one product;
+    * ``scale``: a positive number. None means 1 for the operator of a fixed point, A = I − ∂T/∂x, where the series is
+      that of the iteration itself; otherwise about 1/‖A‖₂, by eight steps of power iteration (16 products).
+
+    Shapes, further settings and errors are those of :class:`~implicitdiff.LinearSolver`; ``terms`` or ``scale`` out of
+    range raise ValueError.
 
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
@@ -39,11 +44,12 @@ class Neumann(LinearSolver):
         on_failure: FailurePolicy = "warn",
     ) -> None:
         super().__init__(rtol=rtol, atol=atol, on_failure=on_failure)
-        if terms is None or check_max_iterations(terms) is None:
-            raise ValueError("terms must be a whole number of at least 1.")
+        count = check_max_iterations(terms, "terms")
+        if count is None:
+            raise ValueError("terms is None, but it must be a whole number of at least 1.")
         if scale is not None and not scale > 0:
             raise ValueError(f"scale is {scale!r}, but it must be a positive number, or None.")
-        self.terms, self.scale = terms, scale
+        self.terms, self.scale = count, scale
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         system = System(A, b)

@@ -26,9 +26,13 @@ class NormalCGState(NamedTuple):
 class NormalCG(IterativeLinearSolver):
     """CG on AᵀA x = Aᵀ b (CGNR: Saad 2003, Algorithm 8.4), for any square operator that has a transpose.
 
-    It needs no more than three vectors and its residual never grows, but its iterations go with the condition number,
-    not with its root: LSMR is the more accurate form of it, GMRES and BiCGStab are usually faster. A preconditioner is
-    made for AᵀA and must be positive definite.
+    An iteration takes one product with A and one with Aᵀ, and three vectors are carried along. Its residual never
+    grows, but its iterations go with the condition number, not with its root: LSMR is the more accurate form of it,
+    GMRES and BiCGStab are usually faster. A preconditioner is made for AᵀA and must be positive definite. Where A is
+    singular and b not in its range, it ends with ``Status.BREAKDOWN``.
+
+    Shapes and errors are those of :class:`~implicitdiff.LinearSolver`, settings those of
+    :class:`~implicitdiff.IterativeLinearSolver`.
 
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[1.0, 1.0], [0.0, 2.0]]))

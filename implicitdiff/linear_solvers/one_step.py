@@ -20,7 +20,8 @@ class OneStep(ScaledIdentity):
     The true residual is reported, and converged is said only where it is so; as that is not what one asks for here,
     ``on_failure`` is "ignore" by default.
 
-    Raises ValueError for a ``stepsize`` that is not positive.
+    Shapes, further settings and errors are those of :class:`~implicitdiff.LinearSolver`; a ``stepsize`` that is not
+    positive raises ValueError. One product, for the residual.
 
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[2.0, 0.5], [0.5, 2.0]]))

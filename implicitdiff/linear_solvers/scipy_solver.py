@@ -28,6 +28,13 @@ class SciPy(LinearSolver):
     One system after the other, each by products with the whole batch: for reference and for single systems. SciPy's
     solver stops by a criterion of its own; the report has the true residual, as always.
 
+    * ``method``: "bicg", "bicgstab", "cg", "cgs", "gcrotmk", "gmres", "lgmres", "lsmr", "lsqr", "minres", "qmr" or
+      "tfqmr";
+    * ``max_iterations``: as SciPy counts them, at least 1; None means 10·n, at least 100.
+
+    Shapes, further settings and errors are those of :class:`~implicitdiff.LinearSolver`. It raises ValueError for
+    another ``method``, and :class:`~implicitdiff.ImplicitDiffError` where b is not on the CPU.
+
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[1.0, 0.0], [0.0, -2.0]]), structure="symmetric")
     >>> SciPy("minres")(A, torch.tensor([1.0, 2.0])).value

@@ -10,12 +10,20 @@ from .._lanczos import Notes
 from .._timing import timed
 from ..operators import LinearOperator
 
-Preconditioner = Callable[[LinearOperator], Callable[[Tensor], Tensor]]
-"""From the operator A to v ↦ M⁻¹ v, M ≈ A. It is given the operator that is solved with, so Aᵀ in a backward pass."""
-
 
 class System(LinearOperator):
-    """The operator that a solver works with: it counts the products and carries the preconditioner."""
+    """The operator that a solver works with: it counts the products and carries the preconditioner.
+
+    What ``start`` and ``step`` of an :class:`~implicitdiff.IterativeLinearSolver` get as ``A``. ``A(v)`` is the product
+    with v of shape (*batch, n), ``A.rmatvec(v)`` that with Aᵀ, ``A.precondition(v)`` is M⁻¹ v, of the same shape;
+    dtype and device are those of b where the operator has none. Its errors are those of
+    :class:`~implicitdiff.LinearOperator`.
+
+    >>> from implicitdiff.operators import DiagonalOperator
+    >>> A = System(DiagonalOperator(torch.tensor([2.0, 4.0])), b=torch.ones(2), precondition=lambda v: v / 2)
+    >>> A(torch.ones(2)), A.precondition(torch.ones(2)), A.matvecs
+    (tensor([2., 4.]), tensor([0.5000, 0.5000]), 1)
+    """
 
     def __init__(self, A: LinearOperator, b: Tensor, precondition: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__(

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Number
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class Origin:
     """Which systems, (*batch,), lie at a kink of F, so that A is one of several; None where F is smooth."""
     support: Callable[[], Any] | None = None
     """The :class:`~implicitdiff._support.Support` on which systems with A are solved; None where there is none."""
+    unjudged: Callable[[], Tensor] | None = None
+    """F(x) / max(1, ‖x‖₂), (*batch, n), where nobody has said that x is a solution."""
     whole: int | None = None
     """The n of the operator that this one is a part of, where its products cost what that one's do."""
 
@@ -45,8 +47,19 @@ class Origin:
 class LinearOperator(ABC):
     """A matrix A of shape (n, n), or a batch of them, known by its products.
 
-    A subclass writes ``matvec`` and ``rmatvec`` and calls this constructor. ``n`` may be a pair (m, n): a rectangular
-    matrix, for which :class:`~implicitdiff.LSMR` and :class:`~implicitdiff.Dense` find the least-squares solution.
+    A subclass writes ``matvec`` and ``rmatvec`` and calls this constructor.
+
+    * ``n``: the size, or a pair (m, n) for a rectangular matrix, for which :class:`~implicitdiff.LSMR` and
+      :class:`~implicitdiff.Dense` find the least-squares solution;
+    * ``structure``: what is promised: "general", "symmetric" or "positive_definite";
+    * ``batch_shape``: of a batch of matrices; () for one;
+    * ``dtype``, ``device``: None means as the vector it meets.
+
+    ``A(v)`` or ``A @ v`` is the product, of shape (*batch, m), with v of shape (*batch, n). ``A + B``, ``s * A``,
+    ``A @ B``, ``A.T`` and ``A.shift(s)`` are operators again, with the structure that can be proved of them.
+
+    Raises ValueError for another structure, for a structure of a rectangular matrix, and where shapes do not fit:
+    those of a vector, or of two operators.
 
     >>> A = DenseOperator(torch.tensor([[2.0, 1.0], [0.0, 3.0]]))
     >>> A @ torch.tensor([1.0, 1.0])
@@ -92,6 +105,10 @@ class LinearOperator(ABC):
             )
         return self.matvec(v)
 
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, other: LinearOperator) -> LinearOperator: ...
     def __matmul__(self, other: Tensor | LinearOperator) -> Tensor | LinearOperator:
         return _Product(self, other) if isinstance(other, LinearOperator) else self(other)
 
@@ -168,7 +185,7 @@ class LinearOperator(ABC):
 class DenseOperator(LinearOperator):
     """An operator whose matrix is at hand, of shape (*batch, n, n), or (*batch, m, n) where the structure is general.
 
-    Raises ValueError for a tensor that is not a matrix.
+    Raises ValueError for a tensor that is not a matrix, and what :class:`~implicitdiff.LinearOperator` raises.
 
     >>> DenseOperator(2.0 * torch.eye(2), structure="positive_definite").diagonal()
     tensor([2., 2.])
@@ -230,7 +247,7 @@ class FunctionOperator(LinearOperator):
     """An operator given by a function v ↦ A v on tensors of shape (*batch, n); ``n`` may be a pair (m, n).
 
     ``rmatvec`` is v ↦ Aᵀ v; without it, a general operator is transposed by differentiating ``matvec``. A ``dtype``
-    of None means: as the vector it meets.
+    of None means: as the vector it meets. Errors are those of :class:`~implicitdiff.LinearOperator`.
 
     >>> second_difference = FunctionOperator(
     ...     lambda v: 2 * v - torch.roll(v, 1, -1) - torch.roll(v, -1, -1), n=4, structure="symmetric")
@@ -264,7 +281,14 @@ class FunctionOperator(LinearOperator):
 
 
 class Transpose(LinearOperator):
-    """Aᵀ (Aᴴ, for complex operators); ``A.T`` makes it."""
+    """Aᵀ (Aᴴ, for complex operators); ``A.T`` makes it.
+
+    Of shape (n, m) for A of shape (m, n). Errors are those of :class:`~implicitdiff.LinearOperator`.
+
+    >>> A = DenseOperator(torch.tensor([[1.0, 2.0, 3.0]]))
+    >>> A.T, A.T(torch.tensor([2.0])), A.T.T is A
+    (Transpose(n=3, structure='general'), tensor([2., 4., 6.]), True)
+    """
 
     def __init__(self, A: LinearOperator) -> None:
         super().__init__(

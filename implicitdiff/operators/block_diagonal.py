@@ -11,6 +11,9 @@ from .base import STRUCTURES, LinearOperator
 class BlockDiagonalOperator(LinearOperator):
     """diag(A₁, …, Aₖ) of square operators of any sizes, acting on the parts of one vector.
 
+    Of shape (n, n), n the sum of theirs; batch dimensions broadcast, and the structure is the weakest of theirs. Raises
+    ValueError for no block, or one that is not square.
+
     Blocks of equal sizes whose systems are to be solved each with its own stopping belong into one batch instead:
     ``DenseOperator(torch.stack(matrices))``.
 

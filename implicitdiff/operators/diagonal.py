@@ -10,6 +10,9 @@ from .base import LinearOperator, Structure
 class DiagonalOperator(LinearOperator):
     """diag(d), for d of shape (*batch, n).
 
+    ``structure`` None means symmetric, or general for a complex d. Raises ValueError for a scalar, and what
+    :class:`~implicitdiff.LinearOperator` raises.
+
     >>> import torch
     >>> DiagonalOperator(torch.tensor([2.0, 3.0]), structure="positive_definite") @ torch.tensor([1.0, 1.0])
     tensor([2., 3.])

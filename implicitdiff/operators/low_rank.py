@@ -15,6 +15,8 @@ class LowRankUpdate(LinearOperator):
     :class:`~implicitdiff.Dense` solves it through A where A is diagonal or sparse, by the identity of Sherman, Morrison
     and Woodbury (Golub and Van Loan 2013, Eq. 2.1.4).
 
+    Raises ValueError where A is not square, or U or V does not fit it.
+
     >>> from implicitdiff.operators import DiagonalOperator
     >>> A = LowRankUpdate(DiagonalOperator(torch.tensor([1.0, 2.0])), torch.tensor([[1.0], [1.0]]))
     >>> A.to_dense()

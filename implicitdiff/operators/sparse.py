@@ -16,7 +16,8 @@ class SparseOperator(LinearOperator):
     """A sparse tensor of torch, COO or CSR, of shape (m, n), as an operator.
 
     Its products are differentiable in the entries and work under every transform. :class:`~implicitdiff.Dense`
-    factorises it as it is, by SuperLU. Raises ValueError for a tensor of another layout.
+    factorises it as it is, by SuperLU. Raises ValueError for a tensor of another layout, and what
+    :class:`~implicitdiff.LinearOperator` raises.
 
     >>> A = SparseOperator(torch.tensor([[2.0, 0.0], [1.0, 3.0]]).to_sparse())
     >>> A @ torch.tensor([1.0, 1.0]), A.T @ torch.tensor([1.0, 1.0])

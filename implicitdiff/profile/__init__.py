@@ -33,7 +33,14 @@ TITLES: dict[Part, str] = {
 
 @dataclass
 class Timed:
-    """A part of the solves of one kind."""
+    """A part of the solves of one kind: how often it ran, and for how many seconds.
+
+    >>> part = Timed()
+    >>> part.add(calls=2, seconds=0.5, longest=0.375)
+    >>> part.add(calls=1, seconds=0.25, longest=0.25)
+    >>> part
+    Timed(calls=3, seconds=0.75, longest=0.375)
+    """
 
     calls: int = 0
     seconds: float = 0.0
@@ -49,7 +56,17 @@ class Timed:
 
 @dataclass
 class Solves:
-    """All solves of one kind by one method; their ``parts`` do not overlap, and add up to ``seconds``."""
+    """All solves of one kind by one method; their ``parts`` do not overlap, and add up to ``seconds``.
+
+    >>> import implicitdiff as idf
+    >>> with Profile() as profile:
+    ...     x = idf.RootLayer(lambda x, y: x * x - y)(torch.ones(2), torch.tensor([4.0, 9.0]))
+    >>> solves = profile.solves[0]
+    >>> solves.kind, solves.method, solves.count
+    ('forward', 'Newton', 1)
+    >>> "evaluations" in solves.parts, solves.seconds > 0
+    (True, True)
+    """
 
     kind: str = "unfinished"
     """As in :func:`implicitdiff.record`; "unfinished" where an error came before the report."""
@@ -70,7 +87,8 @@ class Profile:
     """A block of code in which the time inside of implicit layers, and of their derivatives, is measured.
 
     Printed, it is a table: for each kind of solve and each method, what its parts took. What happens outside of layers
-    is not looked at, nor is :class:`~implicitdiff.UnrolledLayer`, whose derivative is torch's own.
+    is not looked at, nor is :class:`~implicitdiff.UnrolledLayer`, whose derivative is torch's own. Times are seconds of
+    the wall clock.
 
     * Times do not overlap, so that they add up: a layer in the function of another one has rows of its own, and its
       time is not in those of the outer one. Times of several threads are added.
@@ -226,3 +244,4 @@ def _percent(part: float, whole: float) -> str:
 
 
 __all__ = ["Profile", "Solves", "Timed"]
+__dir__ = __all__.copy  # for tab completion

@@ -21,7 +21,7 @@ def box_section(
     general bounds), and τ is the closed form on that piece, differentiable in all five arguments.
 
     A system that no x satisfies (the total out of reach, a lower bound above its upper bound) is NaN, and its
-    derivatives are.
+    derivatives are. Shapes that do not broadcast raise torch's RuntimeError.
 
     >>> box_section(torch.tensor([0.5, 1.0, 3.0]), 0.0, 1.0, 1.0, 2.0)
     tensor([0.2500, 0.7500, 1.0000])

@@ -28,7 +28,7 @@ def box(v: Tensor, lower: Parameter, upper: Parameter) -> Tensor:
 
 
 def non_negative(v: Tensor) -> Tensor:
-    """{x : x ≥ 0}, coordinate by coordinate; v of any shape.
+    """{x : x ≥ 0}, coordinate by coordinate; v of any shape. It raises nothing.
 
     >>> non_negative(torch.tensor([-1.0, 2.0]))
     tensor([0., 2.])
@@ -37,7 +37,7 @@ def non_negative(v: Tensor) -> Tensor:
 
 
 def hypercube(v: Tensor) -> Tensor:
-    """{x : 0 ≤ x ≤ 1}, coordinate by coordinate; v of any shape.
+    """{x : 0 ≤ x ≤ 1}, coordinate by coordinate; v of any shape. It raises nothing.
 
     >>> hypercube(torch.tensor([-1.0, 0.25, 7.0]))
     tensor([0.0000, 0.2500, 1.0000])

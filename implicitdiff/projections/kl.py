@@ -12,8 +12,8 @@ from ..layers import SinkhornLayer
 def kl_simplex(v: Tensor, total: Tensor | float = 1.0) -> Tensor:
     """argmin KL(x, exp(v)) over x ≥ 0 with Σ x = total, which is total · softmax(v).
 
-    ``v`` is (*batch, n), ``total`` positive and (*batch,). It is the map from the dual variables back to the simplex in
-    mirror descent with the entropy (Beck and Teboulle 2003).
+    ``v`` is (*batch, n), ``total`` a number or (*batch,), positive (which is not looked at; it raises nothing). It is
+    the map from the dual variables back to the simplex in mirror descent with the entropy (Beck and Teboulle 2003).
 
     >>> kl_simplex(torch.tensor([0.0, 0.0]), 3.0)
     tensor([1.5000, 1.5000])
@@ -39,6 +39,9 @@ def kl_transport_polytope(V: Tensor, row_sums: Tensor, column_sums: Tensor) -> T
 
 def kl_birkhoff_polytope(V: Tensor) -> Tensor:
     """argmin KL(T, exp(V)) over the doubly stochastic T, (*batch, n, n): Sinkhorn's normal form of exp(V).
+
+    Warnings and derivatives are those of :func:`kl_transport_polytope`. Raises :class:`~implicitdiff.ImplicitDiffError`
+    where V is not square (Sinkhorn 1964).
 
     >>> kl_birkhoff_polytope(torch.zeros(2, 2))
     tensor([[0.5000, 0.5000],

@@ -60,6 +60,8 @@ def transport_polytope(V: Tensor, row_sums: Tensor, column_sums: Tensor) -> Tens
 def birkhoff_polytope(V: Tensor) -> Tensor:
     """The doubly stochastic matrix nearest to V, (*batch, n, n): :func:`transport_polytope` with sums of one.
 
+    Warnings and derivatives are those there. Raises :class:`~implicitdiff.ImplicitDiffError` where V is not square.
+
     >>> birkhoff_polytope(torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
     tensor([[1., 0.],
             [0., 1.]])
