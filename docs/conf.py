@@ -48,8 +48,8 @@ autodoc_default_options = {
     # What the parts of the library say to each other.
     "exclude-members": "accepts, add, append, apply, begin, blocks, compressed, cut, diagonal_is_cheap, drift, end, "
     "estimated_distance, finish, first_product, from_entries, in_place, in_precision, is_preconditioned, lanczos, "
-    "leave, leave_inverse, notes, of_one_operator, opened, preconditioned, run, scale, solves_on_support, system, tallies, "
-    "traceable, uncompilable",
+    "leave, leave_inverse, notes, of_one_operator, opened, preconditioned, run, scale, solves_on_support, system, "
+    "tallies, traceable, uncompilable",
 }
 
 # The names of other projects that the pages mention stand in short inventories of their own, so that a build needs no

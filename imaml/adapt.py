@@ -22,7 +22,11 @@ from .tasks.picture_files import ENDINGS, Files, Picture
 
 
 class Prediction(NamedTuple):
-    """What a picture was taken for, and the probability that the model gives it."""
+    """What a picture was taken for, and the probability that the model gives it.
+
+    >>> Prediction("scans/1.png", truth=None, label="ant", probability=0.75).label
+    'ant'
+    """
 
     picture: str
     truth: str | None
@@ -33,7 +37,22 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model adapted to named classes; made by :func:`adapt`."""
+    """A model adapted to named classes; made by :func:`adapt`.
+
+    Images are (channels, side, side), floats in [0, 1]; :meth:`predict` prepares them from files, and raises
+    FileNotFoundError and ValueError for those that are none.
+
+    >>> from imaml import MAML
+    >>> from imaml.config import Config, Tasks
+    >>> from imaml.models import ConvNet
+    >>> net = ConvNet(ways=2, channels=3, filters=8)
+    >>> learner = MAML(net, torch.nn.functional.cross_entropy, steps=1, stepsize=0.1)
+    >>> support = (torch.rand(4, 3, 16, 16), torch.tensor([0, 0, 1, 1]))
+    >>> model = Adapted(Config(Tasks.folder, side=16), learner, ["ant", "bee"], support, learner.adapt(support))
+    >>> probabilities = model.probabilities(torch.rand(3, 16, 16))
+    >>> probabilities.shape, round(float(probabilities.sum()), 4)
+    (torch.Size([2]), 1.0)
+    """
 
     config: Config
     learner: Learner
@@ -90,14 +109,27 @@ def adapt(run: Path, support: Path) -> Adapted:
 
     Raises CheckpointError, FileNotFoundError and ValueError where the run or the folder is of no use.
 
-    ::
+    ``imaml train`` leaves a run, of settings and what was learned. One that has learned nothing yet:
 
-        from pathlib import Path
-        from imaml.adapt import adapt
-
-        model = adapt(Path("runs/omniglot-imaml"), Path("my_letters"))
-        for prediction in model.predict(Path("scans")):
-            print(prediction.picture, prediction.label, prediction.probability)
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> from imaml import checkpoint
+    >>> from imaml.config import Config, Tasks
+    >>> from imaml.presets import build_learner
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run, support = Path(folder, "run"), Path(folder, "support")
+    ...     config = Config(Tasks.folder, side=16).completed()
+    ...     run.mkdir()
+    ...     config.write(run)
+    ...     checkpoint.save(run, {"learner": build_learner(config).state_dict()})
+    ...     for name in ("circles", "squares"):
+    ...         (support / name).mkdir(parents=True)
+    ...         Image.effect_noise((16, 16), 90).save(support / name / "1.png")
+    ...     model = adapt(run, support)
+    ...     predictions = model.predict(support)
+    >>> model.classes, [prediction.truth for prediction in predictions]
+    (['circles', 'squares'], ['circles', 'squares'])
     """
     config = Config.read(run)
     if config.tasks not in IMAGES:
@@ -119,12 +151,28 @@ def adapt(run: Path, support: Path) -> Adapted:
 
 
 def confusion(predictions: Sequence[Prediction]) -> Counter[tuple[str, str]]:
-    """How often pictures of a (first) class were taken for a (second) one; those of no known class do not count."""
+    """How often pictures of a (first) class were taken for a (second) one; those of no known class do not count.
+
+    >>> confusion([Prediction("1.png", "ant", "bee", 0.75), Prediction("2.png", "bee", "bee", 0.9)])
+    Counter({('ant', 'bee'): 1, ('bee', 'bee'): 1})
+    """
     return Counter((p.truth, p.label) for p in predictions if p.truth is not None)
 
 
 def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
-    """As a CSV file: picture, class where known, prediction, probability."""
+    """Write predictions as a CSV file: picture, class where known, prediction, probability.
+
+    Raises OSError where the file cannot be written, FileNotFoundError where its folder is missing.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_predictions([Prediction("1.png", "ant", "bee", 0.75)], Path(folder, "predictions.csv"))
+    ...     print(Path(folder, "predictions.csv").read_text())
+    picture,class,prediction,probability
+    1.png,ant,bee,0.7500
+    <BLANKLINE>
+    """
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["picture", "class", "prediction", "probability"])

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import distributed, plots, training
+from . import distributed, training
 from .adapt import Adapted, Prediction, confusion, write_predictions
 from .adapt import adapt as adapt_to
 from .checkpoint import CheckpointError, fit, load
@@ -386,6 +386,8 @@ def plot(
     threads: Threads = None,
 ) -> None:
     """Save pictures in the run folder: learning curve, adaptation, the history of a learned λ, mistakes."""
+    from . import plots  # matplotlib takes a second to load, which the other commands need not wait for
+
     if threads is not None:
         torch.set_num_threads(threads)
     try:

@@ -106,7 +106,16 @@ class Config:
     """Everything that a run depends on; stored beside its checkpoints as config.json.
 
     None means the usual value, which :meth:`completed` puts in, or that the setting is not one of these tasks or of
-    this algorithm.
+    this algorithm. The values are those of the options of ``imaml train``. A setting that does not go with
+    the others raises ValueError in :meth:`completed`, and :meth:`read` raises ``CheckpointError``.
+
+    >>> config = Config(Tasks.sinusoids, Algorithm.imaml, delta=1e-2).completed()
+    >>> config.shots, config.inner_steps, config.regularization
+    (10, 200, 2.0)
+    >>> Config(Tasks.sinusoids, ways=5).completed()
+    Traceback (most recent call last):
+    ...
+    ValueError: --ways is a setting of ..., and sinusoids does not take it.
     """
 
     tasks: Tasks

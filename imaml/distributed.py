@@ -22,7 +22,33 @@ T = TypeVar("T")
 
 
 class LostRankError(ConnectionError):
-    """Another rank has died, or does not answer any more."""
+    """Another rank has died, or does not answer any more.
+
+    :func:`imaml.training.train` raises it after a checkpoint of the last step that all ranks have done. Here a source
+    of tasks raises it in the place of a death:
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from imaml import MAML, checkpoint
+    >>> from imaml.models import MLP
+    >>> from imaml.tasks import Sinusoids
+    >>> from imaml.training import train
+    >>> class Mortal(Sinusoids):
+    ...     def sample(self, count, split, seed, index):
+    ...         if index == 2:
+    ...             raise LostRankError("rank 1 has died")
+    ...         return super().sample(count, split, seed, index)
+    >>> learner = MAML(MLP([1, 8, 1]), torch.nn.functional.mse_loss, steps=1, stepsize=0.01)
+    >>> optimizer = torch.optim.Adam(learner.parameters())
+    >>> settings = {"steps": 9, "minutes": None, "tasks_per_step": 4, "seed": 0}
+    >>> with tempfile.TemporaryDirectory() as run:
+    ...     try:
+    ...         train(learner, Mortal(), optimizer, Path(run), **settings)
+    ...     except LostRankError as error:
+    ...         print(error, "after step", checkpoint.load(Path(run))["step"])
+    step 2 ...
+    rank 1 has died after step 2
+    """
 
 
 @contextmanager

@@ -13,7 +13,7 @@ class MLP(nn.Sequential):
     """Fully connected layers of the given ``sizes``, with tanh between them.
 
     Smooth, as implicit gradients use second derivatives. (batch, sizes[0]) → (batch, sizes[-1]); other shapes raise
-    torch's RuntimeError.
+    torch's RuntimeError, and fewer than two sizes ValueError.
 
     >>> import torch
     >>> MLP([1, 40, 40, 1])(torch.zeros(7, 1)).shape
@@ -41,7 +41,9 @@ class ConvNet(nn.Module):
     by their stride, as for Omniglot (112 thousand parameters for 5 ways), or with ``pooling=True`` by max-pooling after
     them, as with 32 filters for mini-ImageNet. The last feature maps are averaged, so that any side of at least 16
     pixels will do: ``features`` ends in that vector, ``head`` starts at it.
-    (batch, channels, side, side) → (batch, ways).
+    (batch, channels, side, side) → (batch, ways); other shapes raise torch's RuntimeError.
+
+    * ``ways``: the number of classes; ``channels``: of the image, 1 for grey; ``filters``: of each convolution.
 
     >>> import torch
     >>> ConvNet(ways=5)(torch.zeros(2, 1, 28, 28)).shape

@@ -38,7 +38,26 @@ EVALUATION_BATCH = 20
 
 
 class DivergedError(ValueError):
-    """The loss or the meta-gradient is not finite any more; the parameters are the last at which both were."""
+    """The loss or the meta-gradient is not finite any more; the parameters are the last at which both were.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from imaml import MAML
+    >>> from imaml.models import MLP
+    >>> from imaml.tasks import Sinusoids
+    >>> learner = MAML(MLP([1, 8, 1]), torch.nn.functional.mse_loss, steps=1, stepsize=0.01)
+    >>> optimizer = torch.optim.SGD(learner.parameters(), lr=1e30)
+    >>> settings = {"steps": 3, "minutes": None, "tasks_per_step": 4, "seed": 0}
+    >>> with tempfile.TemporaryDirectory() as run:
+    ...     try:
+    ...         train(learner, Sinusoids(), optimizer, Path(run), **settings)
+    ...     except DivergedError as error:
+    ...         print(error)
+    step 1 ...
+    the training diverged: the loss is ... The last good parameters are in the checkpoint. ...
+    >>> all(bool(p.isfinite().all()) for p in learner.parameters())
+    True
+    """
 
     step_began_well = False
     """Whether they were at the start of the step: an optimiser that evaluates several points may meet a bad one."""
@@ -64,8 +83,28 @@ def train(
     another number of processes, up to rounding. ``learning_rate`` is a schedule, from the number of steps done; None
     keeps the optimizer's. Returns the number of steps done.
 
+    * ``learner``: an :class:`~imaml.Learner`; its device is where the tasks go;
+    * ``source``: a :class:`~imaml.tasks.TaskSource`, asked for ``tasks_per_step`` tasks of the split train a step, by
+      ``seed`` and the number of steps done;
+    * ``run``: a folder; ``steps``, ``minutes``: None for no limit of that kind.
+
     Raises DivergedError where the loss or its gradient is not finite, and :class:`imaml.distributed.LostRankError`
-    where another process has died; both after a checkpoint of the last good step.
+    where another process has died; both after a checkpoint of the last good step. Raises
+    ``imaml.checkpoint.CheckpointError`` where ``resume`` finds none that fits.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from imaml import MAML
+    >>> from imaml.models import MLP
+    >>> from imaml.tasks import Sinusoids
+    >>> learner = MAML(MLP([1, 8, 1]), torch.nn.functional.mse_loss, steps=1, stepsize=0.01)
+    >>> optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
+    >>> with tempfile.TemporaryDirectory() as run:
+    ...     train(learner, Sinusoids(), optimizer, Path(run), steps=3, minutes=None, tasks_per_step=4, seed=0)
+    ...     sorted(path.name for path in Path(run).glob("*.*"))
+    step 3 ...
+    3
+    ['checkpoint.previous.pt', 'checkpoint.pt', 'metrics.jsonl']
     """
 
     def begin() -> dict[str, Any]:
@@ -124,7 +163,16 @@ def train(
 def evaluate(learner: Learner, source: TaskSource, tasks: int, seed: int, split: Split = "test") -> tuple[float, float]:
     """Mean score on ``tasks`` tasks of a split and the half-width of its 95 % interval (1.96 standard errors).
 
-    The score of a task is its query accuracy, or for regression its mean query loss.
+    The score of a task is its query accuracy, in [0, 1], or for regression its mean query loss. Both are numbers, the
+    second NaN for one task. Raises ValueError for a split that the source does not have.
+
+    >>> from imaml import MAML
+    >>> from imaml.models import MLP
+    >>> from imaml.tasks import Sinusoids
+    >>> learner = MAML(MLP([1, 8, 1]), torch.nn.functional.mse_loss, steps=1, stepsize=0.01)
+    >>> loss, half_width = evaluate(learner, Sinusoids(), tasks=20, seed=0)
+    >>> loss > half_width > 0
+    True
     """
     scores = _scores(learner, source, split, tasks, seed)
     spread = float(scores.std()) if tasks > 1 else math.nan

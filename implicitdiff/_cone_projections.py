@@ -17,6 +17,9 @@ from ._parameters import check_vector
 def second_order_cone(v: Tensor) -> Tensor:
     """{(t, x) : ‖x‖₂ ≤ t}, with t first; v of shape (*batch, 1 + n).
 
+    v = (t, x) itself in the cone, 0 in its polar (‖x‖₂ ≤ −t), otherwise ½ (1 + t/‖x‖₂) (‖x‖₂, x) (Parikh and Boyd 2014,
+    Section 6.3).
+
     Raises:
         ValueError: v of no dimension.
 

@@ -114,7 +114,7 @@ def _is_no_solution(solver: Any, A: LinearOperator, residual: Tensor, u: Tensor,
     """Which systems' x is farther from the solution than ``FAR`` max(1, ‖x‖), as far as b can tell, (*batch,).
 
     ``residual`` is F(x) / max(1, ‖x‖). In a backward pass, Aᵀ u = b, what is differentiated is off by
-    bᵀ(x − x*) ≈ bᵀ A⁻¹ F(x) = uᵀ F(x), which costs no product (the dual-weighted residual of Becker and Rannacher 2001).
+    bᵀ(x − x*) ≈ bᵀ A⁻¹ F(x) = uᵀ F(x), which costs no product (Becker and Rannacher 2001: dual-weighted residuals).
     Forward mode has no such u, unless A is symmetric: there A⁻¹ F(x) takes a solve of its own.
     """
     if A.is_symmetric or _is_transposed(A):

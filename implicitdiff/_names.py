@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+_WITHOUT_TEXT: Any = object.__repr__
+
 
 def name_of(function: Any) -> str:
     """The name of a function; that of its class for any other callable."""
@@ -16,13 +18,13 @@ def name_of(function: Any) -> str:
 
 
 def text_of(setting: Any) -> str:
-    """How a setting is shown: functions, modules and whatever has no representation of its own by their names."""
+    """How a setting is shown: functions, modules and objects with no representation of their own by their names."""
     if type(setting) is list:
         return f"[{', '.join(map(text_of, setting))}]"
     if type(setting) is dict:
         return f"{{{', '.join(f'{k!r}: {text_of(v)}' for k, v in setting.items())}}}"
-    has_no_text = getattr(type(setting), "__repr__") is getattr(object, "__repr__")  # noqa: B009
-    if callable(setting) and (hasattr(setting, "__name__") or isinstance(setting, _NAMED) or has_no_text):
+    is_named = hasattr(setting, "__name__") or isinstance(setting, (functools.partial, nn.Module))
+    if callable(setting) and (is_named or type(setting).__repr__ is _WITHOUT_TEXT):
         return name_of(setting)
     return repr(setting)
 
@@ -31,6 +33,3 @@ def call_of(name: str, settings: dict[str, Any]) -> str:
     """``name(key=value, …)``, without settings that are private, None or False."""
     given = {k: v for k, v in settings.items() if not (k.startswith("_") or v is None or v is False)}
     return f"{name}({', '.join(f'{k}={text_of(v)}' for k, v in given.items())})"
-
-
-_NAMED = (functools.partial, nn.Module)

@@ -174,17 +174,15 @@ class InnerProblem:
         inverses = self.problem.inverses
         if inverses and inverses[-1].scale.shape[:-1] == x.shape[:-1]:
             origin.estimated_inverse = inverses[-1].apply
-        if self.problem.unjudged:
-            origin.unjudged = lambda: self.residual(x).detach() / vector_norm(x).clamp(min=1).unsqueeze(-1)
         if isinstance(self._condition, Stationary) and self._condition.chunks is not None:
             chunked = ChunkedJacobian(self._slices(x, *self._condition.chunks), x)
-            chunked.origin = origin
+            chunked.origin = self._unless_judged(origin, x, lambda: self.residual(x))
             return chunked
         structure = check_structure(self._condition.structure)
         operator = JacobianOperator(
             self.graph_residual, x, structure, self._matrices, lambda x: self.of_constants().graph_residual(x)
         )
-        operator.origin = origin
+        operator.origin = self._unless_judged(origin, x, lambda: operator.value)
         if not operator.value_depends_on_x:
             self._refuse_constant("residual", x)
         if isinstance(self._condition, ForwardBackward):
@@ -195,6 +193,12 @@ class InnerProblem:
         elif not getattr(self._condition, "smooth", True):
             origin.kinks = lambda: has_kink(self._general_jacobian, x, vector_norm(operator.value))
         return operator
+
+    def _unless_judged(self, origin: Origin, x: Tensor, residual: Callable[[], Tensor]) -> Origin:
+        """With the residual at x, where nobody has said that x is a solution."""
+        if self.problem.unjudged:
+            origin.unjudged = lambda: residual().detach() / vector_norm(x).clamp(min=1).unsqueeze(-1)
+        return origin
 
     tallies = None
     """What a compiled part of a solve has counted: nothing."""
@@ -329,7 +333,7 @@ class InnerProblem:
         return _graph_gradient(lambda x: self._objective(x, *self.inputs), x)
 
     def _refuse_constant(self, what: str, x: Tensor) -> None:
-        """Raise where a function of the user's has lost x; a least-squares problem without equations has no function."""
+        """Raise where a function of the user's has lost x. A least-squares problem may have no equations at all."""
         if x.numel() and not isinstance(self.problem.equations.minimised, LeastSquares):
             raise ImplicitDiffError(
                 f"the {what} does not depend on x as torch sees it: is x detached in it, used under torch.no_grad(), "

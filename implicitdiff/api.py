@@ -56,7 +56,8 @@ def attach(
     """A solution that you already have, made differentiable in ``args`` and ``kwargs``.
 
     ``x_star`` is a tree of tensors with ``condition.residual(x_star, *args, **kwargs) = 0``; what comes back is equal
-    to it, unless ``polish=True`` asks for one Newton step, as on the layers (:class:`ArgminLayer`). Its residual is reported (:func:`implicitdiff.record`), as the derivative is only as good as it.
+    to it. Its residual is reported (:func:`implicitdiff.record`), as the derivative is only as good as it;
+    ``polish=True`` takes one Newton step from it first, as on the layers (:class:`~implicitdiff.ArgminLayer`).
 
     Raises TypeError for what is not a condition or a linear solver, and :class:`~implicitdiff.ImplicitDiffError` where
     the residual is not a tree like ``x_star``. Warns as :func:`~implicitdiff.implicit` does.
@@ -89,11 +90,10 @@ def implicit(
     ``batched=True`` says that it takes leading batch dimensions by itself: init and every batched tensor of the args
     then come with them.
 
-    ``polish=True`` takes one Newton step from x, by a loose solve with ``linear_solver``: it squares the error of the
-    derivative, as on the layers (:class:`ArgminLayer`).
-
     * ``condition``: what the solution satisfies, such as :class:`~implicitdiff.Root` or :class:`~implicitdiff.KKT`;
-    * ``linear_solver``: for derivatives; :class:`~implicitdiff.Auto` by default.
+    * ``linear_solver``: for derivatives; :class:`~implicitdiff.Auto` by default;
+    * ``polish``: one Newton step from x, by a loose solve with ``linear_solver``, as on the layers
+      (:class:`~implicitdiff.ArgminLayer`). It squares the error of x and of the derivative.
 
     Raises TypeError for what is not a condition, a linear solver or a function, and in use
     :class:`~implicitdiff.ImplicitDiffError` where the solver or the residual does not return a tree like init. Warns
@@ -250,6 +250,8 @@ class _UserSolver:
     has_aux: bool
     batched: bool
     init_is_none: bool = False
+    known: tuple[Any, Any] | None = None
+    """x and aux of the call that told the shape: of a problem without a batch they are the solution already."""
     aux: Any = None
     on_failure: FailurePolicy = "warn"
 
@@ -261,7 +263,10 @@ class _UserSolver:
         equations = problem.problem.equations
         levels = problem.problem.levels
         inputs = problem.inputs[: len(equations.arguments.tensors)]
-        if self.batched and levels:
+        if self.known is not None and not levels:
+            tree, self.aux = self.known
+            x, self.known = equations.vectorizer.ravel(tree, f"what {self.name} returned"), None
+        elif self.batched and levels:
             x, self.aux = self._call_batched(equations, x0, inputs)
         else:
             x, self.aux = self._per_sample(equations, x0, inputs, levels)
@@ -301,9 +306,9 @@ class _UserSolver:
         """A tree like the solution, found by solving one plain sample."""
         plain_args, plain_kwargs = pytree.tree_map_only(Tensor, _plain_sample, (args, kwargs))
         with temporarily_clear_interpreter_stack(), torch.no_grad():
-            x, _ = self._call(None, plain_args, plain_kwargs)
-        Vectorizer.of(x, f"what {self.name} returned")
-        return x
+            self.known = self._call(None, plain_args, plain_kwargs)
+        Vectorizer.of(self.known[0], f"what {self.name} returned")
+        return self.known[0]
 
     def _call(self, init: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         out = self.solver(init, *args, **kwargs)

@@ -28,8 +28,8 @@ class WarmStart(nn.Module):
     and Mairal 2022). Inside of ``vmap``, where there is a solution per sample, each call starts at ``init``.
     :attr:`tolerance` sets the accuracy of both solves; see :func:`decreasing`. The layer itself is left as it is.
 
-    init, args and x are those of the layer, and so are errors. Raises TypeError for anything but an implicit layer, and
-    ValueError for a tolerance that is not positive.
+    Shapes of init, args and x are those of the layer, and so are errors. Raises TypeError for anything but an implicit
+    layer, and ValueError for a tolerance that is not positive.
 
     >>> import itertools, implicitdiff as idf
     >>> ridge = idf.ArgminLayer(lambda w, a: ((w - 1) ** 2).sum() + a.exp() * (w**2).sum())

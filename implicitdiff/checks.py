@@ -71,8 +71,9 @@ def check(layer: Callable[..., Any], init: Any, *args: Any, **kwargs: Any) -> Ch
     condition does too), at the residual of the solution, and at the gradient in all tensors of the args against central
     differences along one random direction. It costs three solves; use it in float64.
 
-    ``init`` and ``args`` are what the layer takes. It returns a :class:`~implicitdiff.checks.CheckReport`. Raises
-    TypeError for what is neither a layer nor wrapped, and what the layer itself raises.
+    ``init`` and ``args`` are trees of the shapes that the layer takes. It returns a
+    :class:`~implicitdiff.checks.CheckReport`. Raises TypeError for what is neither a layer nor wrapped, and what the
+    layer itself raises.
 
     >>> import implicitdiff as idf
     >>> layer = idf.RootLayer(lambda x, y: x**2 - y)
@@ -82,9 +83,9 @@ def check(layer: Callable[..., Any], init: Any, *args: Any, **kwargs: Any) -> Ch
     condition = getattr(layer, "condition", None)
     if condition is None:
         raise TypeError(
-            f"check takes an ArgminLayer, RootLayer, FixedPointLayer or a function wrapped by implicit(...), but it was "
-            f"given {text_of(layer)}. Of a DEQ, check its .layer with one sample; QPLayer, SinkhornLayer and UnrolledLayer "
-            f"have no condition of yours that could be wrong."
+            f"check takes an ArgminLayer, RootLayer, FixedPointLayer or a function wrapped by implicit(...), but it "
+            f"was given {text_of(layer)}. Of a DEQ, check its .layer with one sample; QPLayer, SinkhornLayer and "
+            f"UnrolledLayer have no condition of yours that could be wrong."
         )
     check_condition(condition)
     report = CheckReport()

@@ -330,15 +330,12 @@ def _failure_message(kind: str, info: SolveInfo) -> str:
         silence = "A subclass of LinearSolver in place of the function takes settings: rtol, atol and on_failure"
     if statuses in ([Status.NOT_SMOOTH], [Status.NOT_A_SOLUTION]):
         but = "not uniquely" if statuses == [Status.NOT_SMOOTH] else "not at a solution"
-        return (
-            f"{info.method} solved {what}, but {but}{which}: {statuses[0].name}, {remedies}. "
-            f"{silence}."
-        )
+        return f"{info.method} solved {what}, but {but}{which}: {statuses[0].name}, {remedies}. {silence}."
     if info.by_function and statuses == [Status.BREAKDOWN]:
         return (
-            f"{info.method} did not solve {what}{which}: BREAKDOWN, its answer does not solve A u = b: relative residual "
-            f"up to {worst:.1e}. What to try: let it iterate longer, or see whether it solves another system, such as "
-            f"that of the transpose. {silence}."
+            f"{info.method} did not solve {what}{which}: BREAKDOWN, its answer does not solve A u = b: relative "
+            f"residual up to {worst:.1e}. What to try: let it iterate longer, or see whether it solves another system, "
+            f"such as that of the transpose. {silence}."
         )
     return (
         f"{info.method} did not solve {what}{which}: {', '.join(s.name for s in statuses)} after at most "

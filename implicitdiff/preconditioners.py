@@ -24,7 +24,7 @@ EXACT_UP_TO = 64
 
 
 class Jacobi:
-    """M = the diagonal of A, with 1 in the place of zeros.
+    """The diagonal of A as a preconditioner, with 1 in the place of zeros.
 
     Exact where the operator knows its diagonal or is small; otherwise estimated with ``probes`` products (Bekas,
     Kokiopoulou and Saad 2007: Σ z ∘ A z / Σ z ∘ z over random signs z).

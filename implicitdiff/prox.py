@@ -77,7 +77,9 @@ def from_projection(projection: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def lasso(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Tensor:
-    """g(x) = Σ penaltyᵢ |xᵢ|: the soft threshold. An entry without penalty is left as it is.
+    """g(x) = Σ penaltyᵢ |xᵢ|: the soft threshold, x = sign(v) (|v| − stepsize · penalty)₊.
+
+    An entry without penalty is left as it is.
 
     ``v`` of any shape, ``penalty`` a number or a tensor that broadcasts against it; ``stepsize`` a number or one for
     each system, (*batch,). Negative numbers raise ValueError.
@@ -90,7 +92,7 @@ def lasso(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Tensor:
 
 
 def non_negative_lasso(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Tensor:
-    """g(x) = Σ penaltyᵢ xᵢ for x ≥ 0, otherwise ∞.
+    """g(x) = Σ penaltyᵢ xᵢ for x ≥ 0, otherwise ∞: x = (v − stepsize · penalty)₊.
 
     ``v`` of any shape, ``penalty`` a number or a tensor that broadcasts against it; ``stepsize`` a number or one for
     each system, (*batch,). Negative numbers raise ValueError.
@@ -102,7 +104,7 @@ def non_negative_lasso(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0)
 
 
 def ridge(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Tensor:
-    """g(x) = ½ Σ penaltyᵢ xᵢ².
+    """g(x) = ½ Σ penaltyᵢ xᵢ²: x = v / (1 + stepsize · penalty).
 
     ``v`` of any shape, ``penalty`` a number or a tensor that broadcasts against it; ``stepsize`` a number or one for
     each system, (*batch,). Negative numbers raise ValueError.
@@ -114,7 +116,7 @@ def ridge(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Tensor:
 
 
 def non_negative_ridge(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Tensor:
-    """g(x) = ½ Σ penaltyᵢ xᵢ² for x ≥ 0, otherwise ∞.
+    """g(x) = ½ Σ penaltyᵢ xᵢ² for x ≥ 0, otherwise ∞: x = v₊ / (1 + stepsize · penalty).
 
     ``v`` of any shape, ``penalty`` a number or a tensor that broadcasts against it; ``stepsize`` a number or one for
     each system, (*batch,). Negative numbers raise ValueError.
@@ -126,7 +128,7 @@ def non_negative_ridge(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0)
 
 
 def elastic_net(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0, ridge: Parameter = 1.0) -> Tensor:
-    """g(x) = Σ penaltyᵢ |xᵢ| + ½ Σ ridgeᵢ xᵢ².
+    """g(x) = Σ penaltyᵢ |xᵢ| + ½ Σ ridgeᵢ xᵢ²: the soft threshold over 1 + stepsize · ridge.
 
     Both weights stand by themselves: scikit-learn's ``ElasticNet(alpha, l1_ratio)`` is penalty = alpha · l1_ratio and
     ridge = alpha · (1 − l1_ratio).
@@ -182,6 +184,8 @@ def nuclear_norm(V: Tensor, stepsize: Parameter, penalty: Parameter = 1.0) -> Te
 
 def huber(v: Tensor, stepsize: Parameter, penalty: Parameter = 1.0, delta: Parameter = 1.0) -> Tensor:
     """g(x) = Σ penaltyᵢ h(xᵢ), h(x) = ½x² for |x| ≤ delta, otherwise delta · (|x| − ½delta).
+
+    With w = stepsize · penalty, x = v / (1 + w) where that is at most delta in size, otherwise v − w · delta · sign(v).
 
     ``v`` of any shape, ``penalty`` and ``delta`` numbers or tensors that broadcast against it; ``stepsize`` a number
     or one for each system, (*batch,). Negative numbers raise ValueError.

@@ -15,6 +15,7 @@ from torch.func import vmap
 
 import implicitdiff as idf
 from implicitdiff.inner_solvers import LBFGS, Anderson, FixedPointIteration, GradientDescent, Newton, NewtonCG
+from implicitdiff.linear_solvers import System
 
 from .problems import random, rotated
 
@@ -138,6 +139,31 @@ def test_failures_are_reported(solver: Any, function: Callable[[Tensor], Tensor]
 def test_newton_without_a_root_stagnates() -> None:
     with pytest.warns(idf.ConvergenceWarning, match="Newton did not solve the inner problem: STAGNATED"):
         idf.RootLayer(lambda x: x**2 + 1)(torch.ones(1, dtype=D))
+
+
+class Weak(idf.LinearSolver):
+    """Gives up after a share of the way to the solution, system by system."""
+
+    def __init__(self, *shares: float) -> None:
+        super().__init__()
+        self.shares = torch.tensor(shares, dtype=D)
+
+    def solve(self, A: idf.LinearOperator, b: Tensor, x0: Tensor | None = None) -> idf.LinearSolution:
+        x = self.shares.unsqueeze(-1) * idf.Dense().solve(A, b).value
+        steps = torch.zeros(b.shape[:-1], dtype=torch.int64)
+        return idf.LinearSolution(x, self._info(System(A, b), b, x, steps, steps + idf.Status.MAX_ITERATIONS))
+
+
+def test_newton_does_not_go_on_with_systems_that_are_not_solved() -> None:
+    """A step that lowers ‖F‖ by 1/500 costs as much as one that halves it, with which the other system goes on."""
+    layer = idf.RootLayer(lambda x, t: x + 0.1 * x**3 - t, inner_solver=Newton(Weak(0.002, 0.5)))
+    with idf.record() as history, pytest.warns(idf.ConvergenceWarning) as caught:
+        vmap(layer)(torch.zeros(2, 3, dtype=D), random(1, 2, 3))
+    info = history[0].info
+    assert info.statuses == [idf.Status.BREAKDOWN, idf.Status.CONVERGED]
+    assert int(info.iterations[0]) == 1
+    assert int(info.iterations[1]) > 10
+    assert "linear systems that are not solved): start elsewhere, take another linear_solver" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "NewtonCG", "GradientDescent"])

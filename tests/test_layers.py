@@ -397,8 +397,35 @@ def test_check_finds_what_is_wrong_and_nothing_else() -> None:
 
 
 def test_check_takes_layers_and_wrapped_solvers_only() -> None:
-    with pytest.raises(TypeError, match="a layer or a function wrapped by implicit"):
+    with pytest.raises(TypeError, match="RootLayer, FixedPointLayer or a function wrapped by implicit"):
         idf.check(lambda init: init, torch.zeros(1))
+    with pytest.raises(TypeError, match=r"given QPLayer\. Of a DEQ, check its \.layer with one sample"):
+        idf.check(idf.QPLayer(), torch.eye(1), torch.zeros(1))
+    deq = idf.DEQ(lambda z, u: 0.5 * torch.tanh(z) + u)
+    assert idf.check(deq.layer, torch.zeros(3, dtype=D), random(9, 3)).ok
+
+
+def of_eigenvalues(eigenvalues: Tensor) -> idf.CheckReport:
+    """What check says of x ↦ Q Λ Qᵀ x − t, declared positive definite."""
+
+    class Linear(WronglyDefinite):
+        def residual(self, x: Tensor, t: Tensor) -> Tensor:
+            return M @ x - t
+
+    Linear.structure = "positive_definite"
+    M = rotated(eigenvalues, 3)
+    return idf.check(wrapped(Linear(), lambda t: torch.linalg.solve(M, t)), 0 * eigenvalues, random(1, len(M)))
+
+
+@pytest.mark.parametrize("n", [4, 150], ids=["all eigenvalues", "Ritz values"])
+def test_check_finds_a_single_negative_eigenvalue(n: int) -> None:
+    """Fails where one random vector decides: it sees mostly the others."""
+    eigenvalues = torch.linspace(3, 5, n, dtype=D)
+    assert of_eigenvalues(eigenvalues).ok
+    assert of_eigenvalues(torch.cat([eigenvalues[:-1], torch.tensor([1e-9], dtype=D)])).structure
+    report = of_eigenvalues(torch.cat([eigenvalues[:-1], torch.tensor([-0.25], dtype=D)]))
+    assert not report.structure
+    assert "∂F/∂x has the eigenvalue -0.25: declare it 'symmetric'" in str(report)
 
 
 # ------------------------------------------------------------------ mistakes
@@ -536,6 +563,27 @@ def test_polish_estimates_the_error_of_the_gradient(steps: int) -> None:
     error = float((got - exact).norm() / exact.norm())
     assert info.gradient_error is not None
     assert error / 10 < float(info.gradient_error) < 10 * error
+
+
+@pytest.mark.parametrize("way", ["implicit", "attach"])
+def test_polish_squares_the_error_of_a_solution_that_somebody_else_found(way: str) -> None:
+    """In the value and in the derivative 1 / (2 √t), under vmap too; without it neither changes."""
+
+    def solve(t: Tensor, polish: bool) -> Tensor:
+        condition, rough = idf.Root(lambda x, t: x**2 - t), t.detach().sqrt() + 1e-3
+        if way == "attach":
+            return idf.attach(condition, rough, t, polish=polish)
+        return idf.implicit(condition, polish=polish)(lambda init, t: t.sqrt() + 1e-3)(None, t)
+
+    t = torch.tensor([[4.0, 9.0], [1.0, 25.0]], dtype=D)
+    for polish, off in ((False, 1e-3), (True, 1e-6)):
+        x = vmap(lambda t: solve(t, polish))(t)  # noqa: B023
+        slope = vmap(torch.func.grad(lambda t: solve(t, polish).sum()))(t)  # noqa: B023
+        assert off / 100 < float((x - t.sqrt()).abs().max()) < 1.01 * off
+        assert off / 100 < float((slope - 0.5 / t.sqrt()).abs().max()) < 1.01 * off
+    with idf.record() as history:
+        solve(t[0], True)
+    assert float(history[-1].distance) == pytest.approx(1e-3 * 2**0.5, rel=1e-2)
 
 
 def test_polish_keeps_a_solution_that_it_cannot_improve() -> None:

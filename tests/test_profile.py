@@ -178,8 +178,10 @@ def test_a_linear_solver_of_the_user_s_takes_products_from_the_operator_itself(s
             torch.autograd.functional.vjp(solution, data, torch.ones_like(Y))
         else:
             torch.func.jvp(solution, (data,), (torch.ones_like(data),))
-    # The third product is that of the report.
-    assert {"matrix of A": 1, "products": 3, "args product": 1}.items() < calls(one(profile, kind)).items()
+    # Whether what was attached is a solution takes a solve of its own here. The third product is that of the report.
+    solves = 2 if (kind, structure) == ("tangent", "general") else 1
+    expected = {"matrix of A": solves, "products": 3 * solves, "args product": 1}
+    assert expected.items() < calls(one(profile, kind)).items()
 
 
 def test_the_longest_call(clock: Clock) -> None:

@@ -280,3 +280,25 @@ def test_many_cotangents_share_one_operator() -> None:
         counts[n] = len(calls)
         close(jacobian, torch.diag(1 / (3 * x[n] ** 2)), 1e-9)
     assert counts[4] == counts[40]
+
+
+def test_a_wrapped_solver_runs_once_for_a_problem() -> None:
+    """With init None its first call tells the shape: of a single problem that is the solution already."""
+    calls = []
+
+    @idf.implicit(idf.Root(lambda x, y: x * x - y), has_aux=True)
+    def square_root(init: None, y: Tensor) -> tuple[Tensor, int]:
+        calls.append(y)
+        return y.sqrt(), len(calls)
+
+    y = torch.tensor([4.0, 9.0], dtype=torch.float64)
+    x, aux = square_root(None, y)
+    assert (len(calls), aux) == (1, 1)
+    close(x, y.sqrt(), 0)
+    calls.clear()
+    close(grad(lambda y: square_root(None, y)[0].sum())(y), 0.5 / y.sqrt(), 1e-12)
+    assert len(calls) == 1
+    calls.clear()
+    x = vmap(lambda y: square_root(None, y)[0])(torch.stack([y, 2 * y, 3 * y]))
+    close(x, torch.stack([y, 2 * y, 3 * y]).sqrt(), 0)
+    assert len(calls) == 4  # the shape, then each sample

@@ -1,4 +1,4 @@
-"""Draws readme.png: slopes of a validation curve, and what a gradient costs. Run from anywhere, with the package there."""
+"""Draws readme.png: the slopes of a validation curve, and what a solution with its gradient costs."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,8 @@ names = {
 times = [next(r["seconds"] for r in rows if (r["workload"], r["way"]) == (workload, way)) for way in names]
 bars = right.barh(list(names.values()), times, color=["#90909080", "#90909080", "C0", "#90909080"], height=0.6)
 right.bar_label(bars, [f"{t:.2f} s" for t in times], color="#808080", padding=4)
-right.set(title="Logistic regression, solved and differentiated", xlim=(0, 2.1), xlabel="seconds for 5000 × 1000 and a penalty for each weight")
+right.set(title="Logistic regression, solved and differentiated", xlim=(0, 2.1))
+right.set_xlabel("seconds for 5000 × 1000 and a penalty for each weight")
 right.grid(axis="y", visible=False)
 right.invert_yaxis()
 figure.savefig(DOCS / "images" / "readme.png", dpi=150)

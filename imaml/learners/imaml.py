@@ -33,8 +33,9 @@ class IMAML(Learner):
     Both thresholds are met by bounds, ‖∇G(φ)‖ / min λ and √(max λ / min λ) ‖v − (I + ∇²L/λ) g‖, that hold where the
     support loss L is convex. ``max_iterations`` of the solvers stays a limit; :meth:`report` tells whom it stopped.
 
-    Shapes and other errors are those of :class:`~imaml.Learner`. Raises ValueError where λ is not positive, at the start or after an outer step, or does not fit the model, and
-    where δ is asked of an inner solver without a tolerance.
+    Shapes and other errors are those of :class:`~imaml.Learner`. Raises ValueError where λ is not positive, at the
+    start or after an outer step, or does not fit the model, and where δ is asked of an inner solver without a
+    tolerance.
 
     >>> from imaml.models import MLP
     >>> from imaml.tasks import Sinusoids

@@ -41,7 +41,7 @@ class MetaLoss(NamedTuple):
 
 
 class Learner(nn.Module):
-    """What the algorithms share; a subclass writes :meth:`adapted`.
+    """The base of the meta-learning algorithms: a subclass writes :meth:`adapted`.
 
     * ``model``: its parameters are adapted to each task, from θ, their own values. Those that do not require gradients
       are adapted all the same, but not learned: each task starts from what they are;
@@ -61,8 +61,11 @@ class Learner(nn.Module):
     >>> from imaml.tasks import Sinusoids
     >>> class OneStep(Learner):
     ...     def adapted(self, support):
+    ...         inputs, targets = support
+    ...         def loss(phi):
+    ...             return self.loss(torch.func.functional_call(self.model, phi, (inputs,)), targets)
     ...         theta = self.meta_parameters()
-    ...         gradient = torch.func.grad(self._support_loss)(theta, support)
+    ...         gradient = torch.func.grad(loss)(theta)
     ...         return {name: p - 0.01 * gradient[name] for name, p in theta.items()}
     >>> learner = OneStep(MLP([1, 8, 1]), nn.functional.mse_loss)
     >>> tasks = Sinusoids(shots=5).sample(2, "train", seed=0, index=0)

@@ -21,8 +21,8 @@ class LearnedRegularization(nn.Module):
     * ``per``: ``"model"``: one λ; ``"layer"``: one for each module that owns parameters, such as a convolution with its
       bias; ``"parameter"``: one for each entry of each parameter.
 
-    Called, it gives what the ``regularization`` of :class:`~imaml.IMAML` may be: one number, or a dict with the names
-    and shapes of the parameters. An optimiser of ``learner.parameters()`` learns it too; its gradient is that in log λ.
+    Called, it gives a dict with the names of the parameters, of scalars or, for "parameter", of their shapes. An
+    optimiser of ``learner.parameters()`` learns it too; its gradient is that in log λ.
 
     Raises ValueError where ``initial`` is not positive, or ``per`` is none of the three.
 

@@ -14,7 +14,9 @@ class Reptile(MAML):
     """Reptile (Nichol et al. 2018): the meta-gradient is θ − φ(θ), averaged over tasks.
 
     * ``steps``, ``stepsize``: of the gradient steps from θ to φ(θ), on the support set;
-    * ``task_chunk``: as in :class:`~imaml.Learner`, and so are shapes and errors.
+    * ``task_chunk``: as in :class:`~imaml.Learner`.
+
+    Shapes and errors are those of :class:`~imaml.Learner`.
 
     >>> from imaml.models import MLP
     >>> from imaml.tasks import Sinusoids

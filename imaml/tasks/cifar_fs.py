@@ -13,7 +13,7 @@ SPLITS = "splits/bertinetto"
 
 
 class CIFARFS(ImageClasses):
-    """N-way K-shot classification of small photos in colour, floats in [0, 1].
+    """N-way K-shot classification of small photos in colour, floats in [0, 1] (Bertinetto et al. 2019).
 
     ``data`` is the folder ``cifar100`` or the one that it lies in, or ``data``, ``splits`` or ``splits/bertinetto`` in
     it, or a zip of it. The pictures are ``cifar100/data/CLASS/*.png``, the classes of each split stand line by line in
@@ -22,7 +22,29 @@ class CIFARFS(ImageClasses):
 
     The decoded pictures are cached in one file in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
+    Tasks have inputs (tasks, ways · examples, 3, side, side), ``shots`` or ``queries`` examples of each
+    class, and targets (tasks, ways · examples), the classes of a task being 0, …, ways − 1.
+
     Raises FileNotFoundError and ValueError, which name the file and what is wrong with it.
+
+    With a small data set of the same layout:
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> with tempfile.TemporaryDirectory() as data:
+    ...     splits = Path(data, "cifar100", "splits", "bertinetto")
+    ...     splits.mkdir(parents=True)
+    ...     for split in ("train", "val", "test"):
+    ...         _ = (splits / f"{split}.txt").write_text(f"{split}_a\\n{split}_b")
+    ...         for name in (f"{split}_a", f"{split}_b"):
+    ...             place = Path(data, "cifar100", "data", name)
+    ...             place.mkdir(parents=True)
+    ...             for i in range(2):
+    ...                 Image.new("RGB", (32, 32)).save(place / f"{i}.png")
+    ...     photos = CIFARFS(data, ways=2, shots=1, queries=1)
+    >>> photos.sample(4, "train", seed=0, index=0).support[0].shape
+    torch.Size([4, 2, 3, 32, 32])
     """
 
     def __init__(

@@ -36,7 +36,22 @@ class ImageFolder(ImageClasses):
 
     The decoded pictures are cached in one file in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
+    Tasks have inputs (tasks, ways · examples, channels, side, side), ``shots`` or ``queries`` examples of each
+    class, and targets (tasks, ways · examples), the classes of a task being 0, …, ways − 1.
+
     Raises FileNotFoundError and ValueError, which name the file and what is wrong with it.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> with tempfile.TemporaryDirectory() as data:
+    ...     for name in ("train/daisy", "train/rose", "test/iris", "test/lily"):
+    ...         Path(data, name).mkdir(parents=True)
+    ...         for i in range(3):
+    ...             Image.new("RGB", (100, 80), (80 * i, 0, 0)).save(Path(data, name, f"{i}.png"))
+    ...     flowers = ImageFolder(data, ways=2, shots=1, queries=2, side=32)
+    >>> flowers.sample(4, "train", seed=0, index=0).query[0].shape
+    torch.Size([4, 4, 3, 32, 32])
     """
 
     def __init__(

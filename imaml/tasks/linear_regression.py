@@ -13,8 +13,8 @@ class LinearRegression:
     * ``dimension``: of x; ``shots``, ``queries``: the examples of the support and of the query set;
     * ``noise``: its standard deviation.
 
-    Inputs are (tasks, examples, dimension), targets (tasks, examples, 1). The splits train, val and test differ by their
-    draws only; another one raises ValueError.
+    Inputs are (tasks, examples, dimension), targets (tasks, examples, 1). The splits train, val and test differ by
+    their draws only; another one raises ValueError.
 
     >>> LinearRegression(dimension=3, shots=5).sample(2, "train", seed=0, index=0).support[0].shape
     torch.Size([2, 5, 3])

@@ -12,16 +12,37 @@ from .task import Split
 
 
 class MiniImageNet(ImageClasses):
-    """N-way K-shot classification of photos in colour, floats in [0, 1].
+    """N-way K-shot classification of photos in colour, floats in [0, 1] (Vinyals et al. 2016).
 
     ``data`` holds ``train.csv``, ``val.csv`` and ``test.csv`` with the columns filename and label (64, 16 and 20
-    classes), and the pictures in a folder ``images`` or in ``images.zip``, of any size and at any depth: they are cut
-    square and resized to ``side``. With ``rotations`` each training class, turned by quarters, is four.
+    classes: Ravi and Larochelle 2017), and the pictures in a folder ``images`` or in ``images.zip``, of any size and at
+    any depth: they are cut square and resized to ``side``. With ``rotations`` each training class, turned by quarters,
+    is four.
 
     The decoded pictures, 1.3 GB at 84 × 84, are cached in one file in ``$XDG_CACHE_HOME`` or ``~/.cache``, which is
     mapped, not read: processes share it.
 
+    Tasks have inputs (tasks, ways · examples, 3, side, side), ``shots`` or ``queries`` examples of each
+    class, and targets (tasks, ways · examples), the classes of a task being 0, …, ways − 1.
+
     Raises FileNotFoundError and ValueError, which name the file and what is wrong with it.
+
+    With a small data set of the same layout:
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> with tempfile.TemporaryDirectory() as data:
+    ...     Path(data, "images").mkdir()
+    ...     for split in ("train", "val", "test"):
+    ...         rows = ["filename,label"]
+    ...         for i in range(4):
+    ...             rows.append(f"{split}_{i}.png,{split}_class_{i % 2}")
+    ...             Image.new("RGB", (100, 80)).save(Path(data, "images", f"{split}_{i}.png"))
+    ...         _ = Path(data, f"{split}.csv").write_text("\\n".join(rows))
+    ...     photos = MiniImageNet(data, ways=2, shots=1, queries=1)
+    >>> photos.sample(4, "train", seed=0, index=0).support[0].shape
+    torch.Size([4, 2, 3, 84, 84])
     """
 
     def __init__(

@@ -25,7 +25,10 @@ CHECKSUMS = {
 
 
 class Omniglot(ImageClasses):
-    """N-way K-shot classification of characters, 28×28, floats in [0, 1]: ink 1 on paper 0.
+    """N-way K-shot classification of characters, 28×28, floats in [0, 1]: ink 1 on paper 0 (Lake et al. 2015).
+
+    Tasks have inputs (tasks, ways · examples, 1, 28, 28), ``shots`` or ``queries`` examples of each
+    class, and targets (tasks, ways · examples), the classes of a task being 0, …, ways − 1.
 
     ``data`` holds the official ``images_background.zip`` and ``images_evaluation.zip``, or these folders unpacked. The
     split is that of the files ``vinyals_train.json``, ``vinyals_val.json`` and ``vinyals_test.json`` in it, or of those
@@ -37,6 +40,26 @@ class Omniglot(ImageClasses):
     The decoded images are cached in one file in the user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``).
 
     Raises FileNotFoundError and ValueError, which name the file and what is wrong with it.
+
+    With a small data set of the same layout, blank and with a split of its own:
+
+    >>> import json, tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> characters = {"Greek": ["character01", "character02"]}
+    >>> split = {"train": {"images_background": characters}, "val": {}, "test": {"images_evaluation": characters}}
+    >>> with tempfile.TemporaryDirectory() as data:
+    ...     for part in ("images_background", "images_evaluation"):
+    ...         for character in characters["Greek"]:
+    ...             place = Path(data, part, "Greek", character)
+    ...             place.mkdir(parents=True)
+    ...             for i in range(20):
+    ...                 Image.new("1", (105, 105)).save(place / f"{i:02}.png")
+    ...     for name, its in split.items():
+    ...         _ = Path(data, f"vinyals_{name}.json").write_text(json.dumps(its))
+    ...     omniglot = Omniglot(data, ways=2, shots=1, queries=5)
+    >>> omniglot.sample(4, "test", seed=0, index=0).query[0].shape
+    torch.Size([4, 10, 1, 28, 28])
     """
 
     def __init__(

@@ -19,7 +19,8 @@ class Condition(Protocol):
 
     A condition of your own is a small class with these two members. One whose F has kinks may add ``smooth = False``:
     points where its derivative does not exist are then looked for, and reported as
-    :attr:`~implicitdiff.Status.NOT_SMOOTH`.
+    :attr:`~implicitdiff.Status.NOT_SMOOTH`. x is a tree of tensors of any shapes, and so is what ``residual`` returns.
+    Where it is used, what has no ``residual`` raises TypeError, and another ``structure`` ValueError.
 
     x e^x = y has the solution x = W(y), Lambert's function, by SciPy:
 

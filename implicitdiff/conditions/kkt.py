@@ -18,8 +18,9 @@ from .base import Tree, checked_callable
 class KKTPoint(NamedTuple):
     """A solution with its multipliers; None where there are no constraints of that kind.
 
-    The unknown of :class:`KKT`, which raises :class:`~implicitdiff.ImplicitDiffError` where a part is missing or too
-    many. Minimise ½‖x‖² subject to x₁ + x₂ = b: x = b/2 and ν = −b/2.
+    Each part is a tree of tensors of any shapes. It is the unknown of :class:`~implicitdiff.KKT`, which raises
+    :class:`~implicitdiff.ImplicitDiffError` where a part is missing or too many. Minimise ½‖x‖² subject to x₁ + x₂ = b:
+    x = b/2 and ν = −b/2.
 
     >>> import implicitdiff as idf
     >>> @idf.implicit(idf.KKT(lambda x, b: 0.5 * (x**2).sum(), equality=lambda x, b: x.sum() - b))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._vectors import appended, vector_norm
 from ..info import FailurePolicy
-from ..linear_solvers.base import check_max_iterations
+from ..linear_solvers.base import check_count
 from .base import InnerProblem, InnerSolver
 
 
@@ -51,7 +51,7 @@ class Anderson(InnerSolver):
         super().__init__(
             tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
         )
-        self.history = check_max_iterations(history, "history")
+        self.history = check_count(history, "history")
 
     def start(self, problem: InnerProblem, x0: Tensor) -> AndersonState:
         residual = problem.residual(x0)

@@ -19,7 +19,7 @@ from .._vectors import vector_norm
 from ..conditions import Condition, Stationary
 from ..errors import ImplicitDiffError
 from ..info import FailurePolicy, SolveInfo, Status
-from ..linear_solvers.base import LinearSolver, check_max_iterations, check_not_negative, check_policy
+from ..linear_solvers.base import LinearSolver, check_count, check_not_negative, check_policy
 from ..operators import LinearOperator
 
 DECIDES = "its steps decide by values, as in a search for a step length, where a compiled step cannot branch"
@@ -107,7 +107,7 @@ class InnerSolver(ABC):
 
     Raises:
         ValueError: a setting out of its range: ``tol`` below 0, ``max_iterations`` or ``check_every`` below 1.
-        ImplicitDiffError: when called: a problem that the method is not for (an objective where there is none).
+        ImplicitDiffError: when called: a problem that the method is not for, such as one without an objective.
         ConvergenceError: when called: a system was not solved, under ``on_failure="raise"``.
 
     Warns:
@@ -149,10 +149,7 @@ class InnerSolver(ABC):
     ) -> None:
         if tol is not None:
             check_not_negative(tol=tol)
-        limit = check_max_iterations(max_iterations)
-        if limit is None:
-            raise ValueError("max_iterations is None, but it must be a whole number of at least 1.")
-        self.tol, self.max_iterations, self.on_failure = tol, limit, check_policy(on_failure)
+        self.tol, self.max_iterations, self.on_failure = tol, check_count(max_iterations), check_policy(on_failure)
         self.compile, self.check_every = compile, check_interval(check_every)
 
     uncompilable: str | None = None

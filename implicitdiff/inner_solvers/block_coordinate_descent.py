@@ -56,8 +56,8 @@ class BlockCoordinateDescent(InnerSolver):
     sparse solutions; for many blocks that all move, :class:`ProximalGradient` with one prox of all of x needs
     one gradient where a sweep needs as many as there are blocks.
 
-    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
-    needs an objective. Raises ValueError where ``proxes``, ``stepsizes`` and x do not fit each other.
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It needs an
+    objective. Raises ValueError where ``proxes``, ``stepsizes`` and x do not fit each other.
 
     >>> import implicitdiff as idf
     >>> def shrink(v, stepsize, y):

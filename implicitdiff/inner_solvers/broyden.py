@@ -10,7 +10,7 @@ from torch import Tensor
 from .._iteration import any_of
 from .._vectors import appended, inner, quotient, vector_norm
 from ..info import RUNNING, FailurePolicy, Status
-from ..linear_solvers.base import check_max_iterations
+from ..linear_solvers.base import check_count
 from .base import DECIDES, InnerProblem, InnerSolver
 
 REMEMBERED = 10
@@ -71,8 +71,8 @@ class Broyden(InnerSolver):
     in the first steps (the condition of La Cruz, Martínez and Raydan 2006): the method is fast and seldom monotone.
     Systems where no step is found, or ‖F‖ has long not improved, end as ``STAGNATED``.
 
-    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`.
-    Raises ValueError for a ``history`` that is not a whole number of at least 1.
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. Raises ValueError
+    for a ``history`` that is not a whole number of at least 1.
 
     >>> import implicitdiff as idf
     >>> layer = idf.RootLayer(lambda x, y: x**2 - y, inner_solver=Broyden())
@@ -95,10 +95,7 @@ class Broyden(InnerSolver):
         super().__init__(
             tol=tol, max_iterations=max_iterations, on_failure=on_failure, compile=compile, check_every=check_every
         )
-        pairs = check_max_iterations(history, "history")
-        if pairs is None:
-            raise ValueError("history is None, but it must be a whole number of at least 1.")
-        self.history = pairs
+        self.history = check_count(history, "history")
 
     def start(self, problem: InnerProblem, x0: Tensor) -> BroydenState:
         residual = problem.residual(x0)

@@ -34,9 +34,9 @@ class GaussNewton(InnerSolver):
     * ``linear_solver``: finds d. It must take rectangular operators: :class:`~implicitdiff.Dense` (the default up to
       n = 64), :class:`~implicitdiff.LSMR` (the default above) or :class:`~implicitdiff.Auto`.
 
-    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`.
-    Raises ValueError for another linear solver, and :class:`~implicitdiff.ImplicitDiffError` where the objective is
-    not a :class:`~implicitdiff.LeastSquares`. It cannot be unrolled.
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. Raises ValueError
+    for another linear solver, and :class:`~implicitdiff.ImplicitDiffError` where the objective is not a
+    :class:`~implicitdiff.LeastSquares`. It cannot be unrolled.
 
     >>> import implicitdiff as idf
     >>> t = torch.tensor([0.0, 1.0, 2.0])

@@ -29,8 +29,8 @@ class GradientDescent(InnerSolver):
     * ``momentum``: μ of at least 0 and below 1, with a fixed step: v ← μ v + ∇f, x ← x − step · v;
     * ``nesterov``: x ← x − step · (∇f + μ v) instead (Sutskever et al. 2013, in torch.optim.SGD's form).
 
-    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
-    needs an objective. Raises ValueError for these three out of range, and for a momentum without a fixed step.
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It needs an
+    objective. Raises ValueError for these three out of range, and for a momentum without a fixed step.
 
     >>> import implicitdiff as idf
     >>> layer = idf.ArgminLayer(lambda x, t: ((x - t) ** 2).sum(), inner_solver=GradientDescent(stepsize=0.4))

@@ -15,7 +15,7 @@ from .._vectors import inner, vector_norm
 from ..conditions import Condition, ProjectedGradient, Stationary, Tree
 from ..errors import ImplicitDiffError
 from ..info import FailurePolicy
-from ..linear_solvers.base import check_max_iterations
+from ..linear_solvers.base import check_count
 from ._line_search import Iterate, Projection, advance_projected, first_iterate, unit_length
 from ._strong_wolfe import advance_wolfe
 from .base import DECIDES, InnerProblem, InnerSolver
@@ -46,9 +46,9 @@ class LBFGS(InnerSolver):
     :class:`~implicitdiff.conditions.ProjectedGradient`: converged means ‖x − P(x − ∇f)‖₂ ≤ tol, P the projection onto
     the bounds, and derivatives are those of the variables that are not on their bounds.
 
-    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
-    needs an objective. Raises ValueError, or :class:`~implicitdiff.ImplicitDiffError` when called, where a lower bound
-    is above the upper one or a bound does not fit x.
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It needs an
+    objective. Raises ValueError, or :class:`~implicitdiff.ImplicitDiffError` when called, where a lower bound is above
+    the upper one or a bound does not fit x.
 
     >>> import implicitdiff as idf
     >>> layer = idf.ArgminLayer(lambda x, t: (torch.cosh(x - t) + x**2).sum(), inner_solver=LBFGS(tol=1e-6))
@@ -78,7 +78,7 @@ class LBFGS(InnerSolver):
         )
         if _is_number(lower) and _is_number(upper) and not lower <= upper:
             raise ValueError(f"lower is {lower!r} and upper {upper!r}, but lower must not be above upper.")
-        self.history = check_max_iterations(history, "history")
+        self.history = check_count(history, "history")
         self.lower, self.upper = lower, upper
 
     def condition(self, objective: Callable[..., Tensor]) -> Condition:

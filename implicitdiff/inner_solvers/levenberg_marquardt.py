@@ -48,9 +48,9 @@ class LevenbergMarquardt(InnerSolver):
     n = 500 each step is found by QR factorisations of the matrix; above, by conjugate gradients, the Jacobian known by
     its products only, and D is the identity, as the columns are not at hand.
 
-    Shapes, settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`.
-    Raises :class:`~implicitdiff.ImplicitDiffError` where the objective is not a :class:`~implicitdiff.LeastSquares`.
-    It cannot be unrolled.
+    Shapes, settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. Raises
+    :class:`~implicitdiff.ImplicitDiffError` where the objective is not a :class:`~implicitdiff.LeastSquares`. It cannot
+    be unrolled.
 
     >>> import implicitdiff as idf
     >>> rosenbrock = idf.LeastSquares(lambda x: torch.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]]))

@@ -51,8 +51,8 @@ class MirrorDescent(InnerSolver):
     ‖x − projection(mirror_map(x) − stepsize · ∇f(x))‖₂ ≤ tol. It must start where the mirror map is finite: inside of
     the simplex for the entropy.
 
-    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
-    needs an objective. Raises TypeError for what is not callable, and ValueError for a step that is not positive.
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It needs an
+    objective. Raises TypeError for what is not callable, and ValueError for a step that is not positive.
 
     >>> import implicitdiff as idf
     >>> solver = MirrorDescent(lambda y, c: torch.softmax(y, -1), torch.log)

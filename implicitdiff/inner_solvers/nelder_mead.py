@@ -39,8 +39,8 @@ class NelderMead(InnerSolver):
     minimum, ‖F(x)‖₂ is measured then, by one gradient: the report has it as ``residual_norm``, and a system has
     converged only if it is at most √tol · max(1, ‖F(x₀)‖₂); otherwise it has STAGNATED.
 
-    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
-    needs an objective. Raises ValueError for a tol of 0.05, the relative size of the first simplex, or more, and
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It needs an
+    objective. Raises ValueError for a tol of 0.05, the relative size of the first simplex, or more, and
     :class:`~implicitdiff.ImplicitDiffError` when unrolled, as its steps have no derivative.
 
     >>> import implicitdiff as idf

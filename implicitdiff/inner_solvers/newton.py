@@ -35,8 +35,8 @@ class Newton(InnerSolver):
 
     * ``linear_solver``: solves the Newton systems, A = ∂F/∂x; :class:`~implicitdiff.Auto` by default.
 
-    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
-    cannot be unrolled.
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It cannot be
+    unrolled.
 
     >>> import implicitdiff as idf
     >>> idf.RootLayer(lambda x, y: x**2 - y, inner_solver=Newton())(torch.ones(1), torch.tensor([4.0]))

@@ -32,8 +32,8 @@ class NewtonCG(InnerSolver):
 
     * ``cg_iterations``: at least 1; None means 10·n, at least 100.
 
-    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
-    needs an objective, and cannot be unrolled.
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It needs an
+    objective, and cannot be unrolled.
 
     >>> import implicitdiff as idf
     >>> layer = idf.ArgminLayer(lambda x, t: (torch.exp(x) - t * x).sum(), inner_solver=NewtonCG())

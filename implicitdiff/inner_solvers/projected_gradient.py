@@ -43,8 +43,8 @@ class ProjectedGradient(InnerSolver):
     Its condition is :class:`implicitdiff.conditions.ProjectedGradient`: converged means
     ‖x − projection(x − ∇f(x))‖₂ ≤ tol.
 
-    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
-    needs an objective. Raises TypeError for a ``projection`` that is not callable.
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It needs an
+    objective. Raises TypeError for a ``projection`` that is not callable.
 
     >>> import implicitdiff as idf
     >>> layer = idf.ArgminLayer(lambda x, y: ((x - y) ** 2).sum(),

@@ -57,9 +57,8 @@ class ProximalGradient(InnerSolver):
 
     A step costs one gradient and two evaluations of the prox and, without a fixed step, one of the objective.
 
-    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
-    needs an objective. Raises TypeError for a ``prox`` that is not callable, and ValueError for a step that is not
-    positive.
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It needs an
+    objective. Raises TypeError for a ``prox`` that is not callable, and ValueError for a step that is not positive.
 
     >>> import implicitdiff as idf
     >>> def soft_threshold(v, stepsize, y):

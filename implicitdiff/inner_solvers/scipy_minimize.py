@@ -33,8 +33,8 @@ class SciPyMinimize(SciPySolver):
     ``max_iterations`` count SciPy's iterations. A method that ends by itself before that is ``STAGNATED``, one that
     fails in its linear algebra is ``BREAKDOWN``. It cannot be unrolled.
 
-    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
-    needs an objective. Raises ValueError for an unknown ``method``, which names those that there are, and
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It needs an
+    objective. Raises ValueError for an unknown ``method``, which names those that there are, and
     :class:`~implicitdiff.ImplicitDiffError` for a complex x.
 
     >>> import implicitdiff as idf

@@ -23,9 +23,9 @@ class SciPyRoot(SciPySolver):
     best point that was met. ``iterations`` and ``max_iterations`` count evaluations of F. A method that ends by itself
     before that is ``STAGNATED``, one that fails in its arithmetic is ``BREAKDOWN``. It cannot be unrolled.
 
-    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`.
-    Raises ValueError for an unknown ``method``, which names those that there are, and
-    :class:`~implicitdiff.ImplicitDiffError` for a complex x.
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. Raises ValueError
+    for an unknown ``method``, which names those that there are, and :class:`~implicitdiff.ImplicitDiffError` for a
+    complex x.
 
     >>> import implicitdiff as idf
     >>> layer = idf.RootLayer(lambda x, y: x**2 - y, inner_solver=SciPyRoot("hybr"))

@@ -36,8 +36,8 @@ class TorchOptimizer(InnerSolver):
 
     * ``optimizer_class``, ``settings``: as in ``torch.optim.Adam(parameters, lr=0.1)``.
 
-    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It
-    needs an objective, so an :class:`~implicitdiff.ArgminLayer`, and cannot be unrolled
+    Shapes, further settings and errors are those of :class:`~implicitdiff.inner_solvers.InnerSolver`. It needs an
+    objective, so an :class:`~implicitdiff.ArgminLayer`, and cannot be unrolled
     (:class:`~implicitdiff.ImplicitDiffError`). Raises TypeError for what is not such a class; a setting that the class
     does not know is its own TypeError, here.
 

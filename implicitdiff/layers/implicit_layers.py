@@ -67,6 +67,9 @@ class ImplicitLayer(nn.Module):
 class ArgminLayer(ImplicitLayer):
     """``layer(init, *args)`` is the x near init that minimises ``objective(x, *args)``, a scalar.
 
+    Its derivatives in the args, of every order, are those of the solution by the implicit function theorem (Blondel et
+    al. 2022, Section 2), whatever found it.
+
     * ``init``: a tensor or a tree of them (dict, list, tuple, namedtuple), of any shapes; x is one like it. It gets no
       gradient.
     * ``args``: whatever else the objective takes; every tensor in them gets a gradient.
@@ -164,7 +167,7 @@ class FixedPointLayer(ImplicitLayer):
     """``layer(init, *args)`` is the x near init with ``update(x, *args) = x``, a tree like x.
 
     ``inner_solver`` is :class:`~implicitdiff.inner_solvers.Anderson` by default; everything else, shapes
-    and errors included, is as in :class:`ArgminLayer`. A ``update`` that does not return a tree like x raises
+    and errors included, is as in :class:`ArgminLayer`. An ``update`` that does not return a tree like x raises
     :class:`~implicitdiff.ImplicitDiffError`.
 
     >>> import torch

@@ -22,7 +22,7 @@ from ..linear_solvers import Dense, LinearSolver
 from ..linear_solvers.base import (
     LinearSolverLike,
     as_linear_solver,
-    check_max_iterations,
+    check_count,
     check_not_negative,
     check_policy,
 )
@@ -54,7 +54,9 @@ class QPLayer(nn.Module):
       place of all iterations;
     * ``on_failure``: "warn" (default), "raise" or "ignore" when a problem was not solved.
 
-    Raises :class:`~implicitdiff.ImplicitDiffError` where shapes do not fit or Q is not positive semidefinite.
+    Raises :class:`~implicitdiff.ImplicitDiffError` where shapes do not fit or Q is not positive semidefinite, and
+    ValueError for a setting out of its range; warns with :class:`~implicitdiff.ConvergenceWarning`, or raises
+    :class:`~implicitdiff.ConvergenceError`, where a problem was not solved.
 
     >>> Q, q = torch.tensor([[4.0, 1.0], [1.0, 2.0]]), torch.ones(2)
     >>> b = torch.tensor([1.0], requires_grad=True)
@@ -77,11 +79,8 @@ class QPLayer(nn.Module):
         super().__init__()
         if tol is not None:
             check_not_negative(tol=tol)
-        limit = check_max_iterations(max_iterations)
-        if limit is None:
-            raise ValueError("max_iterations is None, but it must be a whole number of at least 1.")
         self.linear_solver = None if linear_solver is None else as_linear_solver(linear_solver, Dense)
-        self.tol, self.max_iterations, self.warm_start = tol, limit, warm_start
+        self.tol, self.max_iterations, self.warm_start = tol, check_count(max_iterations), warm_start
         self.on_failure: FailurePolicy = check_policy(on_failure)
         self._last: tuple[Tensor, Tensor] | None = None
 

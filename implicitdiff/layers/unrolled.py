@@ -27,7 +27,7 @@ class UnrolledLayer(nn.Module):
     """``layer(init, *args)`` gives the same x as ``ArgminLayer(objective, inner_solver=...)``, by the same steps, but
     its derivative is that of the steps themselves, through torch's own graph.
 
-    init, args and x are those of :class:`~implicitdiff.ArgminLayer`.
+    Shapes of init, args and x are those of :class:`~implicitdiff.ArgminLayer`.
 
     ``truncate=K`` differentiates through the last K steps of each system only: x is detached before them (Shaban et
     al. 2019). Memory grows with the number of steps that are differentiated: by all that the objective computes on its

@@ -36,6 +36,13 @@ def check_max_iterations(value: int | None, name: str = "max_iterations") -> int
     return None if value is None else int(value)
 
 
+def check_count(value: int, name: str = "max_iterations") -> int:
+    count = check_max_iterations(value, name)
+    if count is None:
+        raise ValueError(f"{name} is None, but it must be a whole number of at least 1.")
+    return count
+
+
 def check_not_negative(**settings: float) -> None:
     for name, value in settings.items():
         if not isinstance(value, Real | Tensor) or not value >= 0:

@@ -33,12 +33,11 @@ class GMRES(IterativeLinearSolver):
     one. An iteration takes one product.
 
     * ``restart``: the steps of a cycle, at least 1. So many vectors of n are held, and orthogonalised against. A cycle
-      that does not lower the residual ends with ``Status.STAGNATED``, and where A is singular up to rounding it ends
+      that does not lower the residual ends with ``Status.STAGNATED``, one in which A turns out singular up to rounding
       with ``Status.BREAKDOWN``.
 
     Shapes and errors are those of :class:`~implicitdiff.LinearSolver`, settings those of
-    :class:`~implicitdiff.IterativeLinearSolver`; ``restart`` below
-    1 raises ValueError.
+    :class:`~implicitdiff.IterativeLinearSolver`; ``restart`` below 1 raises ValueError.
 
     >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[1.0, 1.0], [0.0, 2.0]]))

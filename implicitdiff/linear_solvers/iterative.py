@@ -31,7 +31,8 @@ class IterativeLinearSolver(LinearSolver):
 
     The loop, stopping and freezing per system, scaling of b to unit norm, warm start, the check of the true residual
     before success is claimed (with a restart where a recursive residual had drifted), reports, the failure policy,
-    batches and every transform. Further settings:
+    batches and every transform. Shapes, ``rtol``, ``atol``, ``on_failure`` and errors are those of
+    :class:`~implicitdiff.LinearSolver`; a ``preconditioner`` that is not callable raises TypeError. Further settings:
 
     * ``max_iterations``: per system; None means 10·n, at least 100;
     * ``preconditioner``: ``A -> (v -> M⁻¹ v)``; in ``start`` and ``step`` it is ``A.precondition(v)``;
@@ -190,10 +191,9 @@ class IterativeLinearSolver(LinearSolver):
         """The first state, which must have what the loop reads."""
         state = self.start(A, b, x0)
         shapes = {"x": (*b.shape[:-1], A.shape[1]), "residual_norm": tuple(b.shape[:-1])}
-        given = {name: getattr(state, name, None) for name in shapes}
-        if hasattr(state, "_replace") and all(
-            isinstance(given[name], Tensor) and given[name].shape == shape for name, shape in shapes.items()
-        ):
+        given: dict[str, Any] = {name: getattr(state, name, None) for name in shapes}
+        fits = (isinstance(given[name], Tensor) and given[name].shape == shape for name, shape in shapes.items())
+        if hasattr(state, "_replace") and all(fits):
             return state
         found = ", ".join(
             f"{name} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"no tensor {name}"

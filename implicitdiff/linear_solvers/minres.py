@@ -40,8 +40,8 @@ class MINRES(IterativeLinearSolver):
 
     Its residual never grows, and is tracked as a vector, so that it is ‖b − A x‖₂ with a preconditioner too. A
     preconditioner must be symmetric and positive definite. An iteration takes one product; about eight vectors of n are
-    held. Where A is singular and b not in its range, or the preconditioner not definite, it ends with
-    ``Status.BREAKDOWN``.
+    held. Where A is singular and b not in its range it ends with ``Status.BREAKDOWN`` or ``MAX_ITERATIONS``, with the
+    former where the preconditioner is not definite.
 
     Shapes and errors are those of :class:`~implicitdiff.LinearSolver`, settings those of
     :class:`~implicitdiff.IterativeLinearSolver`.

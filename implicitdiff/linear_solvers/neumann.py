@@ -8,7 +8,7 @@ from torch import Tensor
 from .._vectors import scaled_norm, vector_norm
 from ..info import FailurePolicy, LinearSolution, Status
 from ..operators import LinearOperator
-from .base import LinearSolver, check_max_iterations
+from .base import LinearSolver, check_count
 from .system import System
 
 POWER_ITERATIONS = 8
@@ -44,12 +44,9 @@ class Neumann(LinearSolver):
         on_failure: FailurePolicy = "warn",
     ) -> None:
         super().__init__(rtol=rtol, atol=atol, on_failure=on_failure)
-        count = check_max_iterations(terms, "terms")
-        if count is None:
-            raise ValueError("terms is None, but it must be a whole number of at least 1.")
         if scale is not None and not scale > 0:
             raise ValueError(f"scale is {scale!r}, but it must be a positive number, or None.")
-        self.terms, self.scale = count, scale
+        self.terms, self.scale = check_count(terms, "terms"), scale
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> LinearSolution:
         system = System(A, b)

@@ -29,7 +29,7 @@ class NormalCG(IterativeLinearSolver):
     An iteration takes one product with A and one with Aᵀ, and three vectors are carried along. Its residual never
     grows, but its iterations go with the condition number, not with its root: LSMR is the more accurate form of it,
     GMRES and BiCGStab are usually faster. A preconditioner is made for AᵀA and must be positive definite. Where A is
-    singular and b not in its range, it ends with ``Status.BREAKDOWN``.
+    singular and b not in its range, it ends with ``Status.BREAKDOWN`` or ``MAX_ITERATIONS``.
 
     Shapes and errors are those of :class:`~implicitdiff.LinearSolver`, settings those of
     :class:`~implicitdiff.IterativeLinearSolver`.

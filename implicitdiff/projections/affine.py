@@ -10,7 +10,7 @@ from .._parameters import Parameter, check_same_size, per_system
 
 
 def hyperplane(v: Tensor, a: Tensor, b: Parameter) -> Tensor:
-    """{x : ⟨a, x⟩ = b}.
+    """{x : ⟨a, x⟩ = b}: x = v − a (⟨a, v⟩ − b) / ‖a‖².
 
     Args:
         v: shape (*batch, n).
@@ -28,7 +28,7 @@ def hyperplane(v: Tensor, a: Tensor, b: Parameter) -> Tensor:
 
 
 def half_space(v: Tensor, a: Tensor, b: Parameter) -> Tensor:
-    """{x : ⟨a, x⟩ ≤ b}.
+    """{x : ⟨a, x⟩ ≤ b}: x = v − a (⟨a, v⟩ − b)₊ / ‖a‖².
 
     Args:
         v: shape (*batch, n).

@@ -11,7 +11,7 @@ from .simplices import simplex
 
 
 def l2_ball(v: Tensor, radius: Parameter = 1.0) -> Tensor:
-    """{x : ‖x‖₂ ≤ radius}.
+    """{x : ‖x‖₂ ≤ radius}: outside of it, v · radius / ‖v‖₂.
 
     Args:
         v: shape (*batch, n).
@@ -71,7 +71,9 @@ def l1_ball(v: Tensor, radius: Parameter = 1.0) -> Tensor:
 
 
 def l1_sphere(v: Tensor, radius: Parameter = 1.0) -> Tensor:
-    """{x : ‖x‖₁ = radius}. Where a coordinate of v is 0 both signs are as near, and the positive one is taken.
+    """{x : ‖x‖₁ = radius}: the signs of v, and the projection of |v| onto the simplex.
+
+    Where a coordinate of v is 0 both signs are as near, and the positive one is taken.
 
     Args:
         v: shape (*batch, n).

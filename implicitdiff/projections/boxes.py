@@ -46,7 +46,7 @@ def hypercube(v: Tensor) -> Tensor:
 
 
 def linf_ball(v: Tensor, radius: Parameter = 1.0) -> Tensor:
-    """{x : max |xᵢ| ≤ radius}.
+    """{x : max |xᵢ| ≤ radius}: v, each coordinate cut at ±radius.
 
     Args:
         v: shape (*batch, n).

@@ -27,8 +27,8 @@ def kl_transport_polytope(V: Tensor, row_sums: Tensor, column_sums: Tensor) -> T
 
     ``V`` is (*batch, m, n), −∞ where T is to be zero; ``row_sums`` (*batch, m) and ``column_sums`` (*batch, n) have
     equal totals. That is entropic transport with the cost −V and epsilon 1 (Benamou et al. 2015), so
-    ``kl_transport_polytope(-C / epsilon, r, c)`` is what :class:`~implicitdiff.SinkhornLayer` gives; see there for
-    errors, warnings and derivatives.
+    ``kl_transport_polytope(-C / epsilon, r, c)`` is what :class:`~implicitdiff.SinkhornLayer` gives. Errors,
+    warnings and derivatives are those of it.
 
     >>> kl_transport_polytope(torch.zeros(2, 2), torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0]))
     tensor([[0.5000, 0.5000],

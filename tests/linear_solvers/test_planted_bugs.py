@@ -6,7 +6,7 @@ Each is planted twice: as it is, where the base class still verifies the true re
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 import implicitdiff as idf
 from implicitdiff._iteration import iterate
+from implicitdiff._vectors import inner
+from implicitdiff.linear_solvers import System as LinearSystem
 from implicitdiff.operators import FunctionOperator
 from implicitdiff.preconditioners import Jacobi
 from implicitdiff.testing import check_linear_solver
@@ -86,6 +88,77 @@ class NormalEquations(idf.CG):
             batch_shape=A.batch_shape,
         )
         return super().solve(square, A.rmatvec(b), x0)
+
+
+class ConjugateResiduals(idf.IterativeLinearSolver):
+    """Conjugate residuals (Saad 2003, section 6.8), β times a factor that is 1 where it is right."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def start(self, A: Any, b: Tensor, x0: Tensor | None) -> Any:
+        x = torch.zeros_like(b) if x0 is None else x0
+        r = b - A(x)
+        Ar = A(r)
+        return ResidualsState(x, r, r, Ar, Ar, inner(r, Ar), r.norm(dim=-1))
+
+    def step(self, A: Any, state: Any) -> Any:
+        r, d, Ad = state.residual, state.direction, state.product_of_direction
+        alpha = state.rho / inner(Ad, Ad)
+        r = r - alpha * Ad
+        Ar = A(r)
+        beta = self.factor * inner(r, Ar) / state.rho
+        return ResidualsState(state.x + alpha * d, r, r + beta * d, Ar, Ar + beta * Ad, inner(r, Ar), r.norm(dim=-1))
+
+
+class ResidualsState(NamedTuple):
+    x: Tensor
+    residual: Tensor
+    direction: Tensor
+    product: Tensor
+    product_of_direction: Tensor
+    rho: Tensor  # rᵀ A r
+    residual_norm: Tensor
+
+
+def test_a_slow_recurrence_is_worth_a_note() -> None:
+    """It converges, so that no check fails; the right recurrence, and a direct method, get no note."""
+    wrong, right = (check_linear_solver(ConjugateResiduals(f), "positive_definite") for f in (0.5, 1.0))
+    assert wrong.ok, str(wrong)
+    assert "note: " in str(wrong)
+    assert "Is a direction updated wrongly?" in wrong.notes[0]
+    for report in (right, check_linear_solver(idf.Dense()), check_linear_solver(idf.NormalCG())):
+        assert report.ok
+        assert not report.notes
+
+
+class AbsoluteOverTheBatch(idf.CG):
+    """Takes the tolerance for an absolute one where the largest ‖b‖ of the batch is below 1."""
+
+    def _threshold(self, norm: Tensor) -> Tensor:
+        return torch.full_like(norm, self.rtol) / norm.nan_to_num(1.0).max().clamp(max=1)
+
+
+def test_a_small_b_is_solved_alone_too() -> None:
+    report = check_linear_solver(AbsoluteOverTheBatch(), "positive_definite")
+    assert len(report.failures) == 2, str(report)  # in two dtypes
+    assert all("b scaled by 1e-30, alone" in f and "an absolute one?" in f for f in report.failures)
+
+
+def test_the_scale_is_not_blamed_where_nothing_is_solved() -> None:
+    report = check_linear_solver(Diagonal(), "positive_definite")
+    assert report.failures
+    assert "absolute" not in str(report)
+
+
+class Diagonal(idf.LinearSolver):
+    """Solves with the diagonal alone."""
+
+    def solve(self, A: idf.LinearOperator, b: Tensor, x0: Tensor | None = None) -> idf.LinearSolution:
+        steps = torch.zeros(b.shape[:-1], dtype=torch.int64)
+        x = b / A.diagonal()
+        return idf.LinearSolution(x, self._info(LinearSystem(A, b), b, x, steps, steps + idf.Status.STAGNATED))
 
 
 REASONS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.func import vmap
 
 import implicitdiff as idf
+from implicitdiff.inner_solvers import LBFGS
+from implicitdiff.inner_solvers.base import as_inner_solver
 from implicitdiff.linear_solvers.base import as_linear_solver
 from implicitdiff.operators import DenseOperator
 from implicitdiff.preconditioners import Jacobi
@@ -56,6 +59,26 @@ def test_neumanns_remedy_is_one_of_its_own_settings() -> None:
 EYE = DenseOperator(torch.eye(2))
 
 
+def of_one(A: idf.LinearOperator) -> Callable[[Tensor], Tensor]:
+    """A preconditioner of another size."""
+    return lambda v: v[..., :1]
+
+
+class Own(idf.IterativeLinearSolver):
+    """Starts with a state of ones in the given fields and shapes."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def start(self, A: Any, b: Tensor, x0: Tensor | None) -> Any:
+        State = namedtuple("State", self.shapes)
+        return State(**{name: torch.ones(shape) for name, shape in self.shapes.items()})
+
+    def step(self, A: Any, state: Any) -> Any:
+        return state
+
+
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
@@ -83,11 +106,53 @@ EYE = DenseOperator(torch.eye(2))
         (lambda: idf.CG()(DenseOperator(torch.eye(2).expand(3, 2, 2)), torch.ones(4, 2)), ValueError, "batch"),
         (lambda: as_linear_solver(idf.CG, idf.Auto), TypeError, r"did you mean CG\(\)\?"),
         (lambda: as_linear_solver("cg", idf.Auto), TypeError, "'cg'"),
+        (lambda: as_linear_solver(LBFGS(), idf.Auto), TypeError, r"did you mean inner_solver=LBFGS\(\)\?"),
+        (lambda: as_linear_solver(LBFGS, idf.Auto), TypeError, r"did you mean inner_solver=LBFGS\(\)\?"),
+        (lambda: as_inner_solver(idf.CG, LBFGS), TypeError, r"did you mean linear_solver=CG\(\)\?"),
+        (lambda: idf.CG(rtol="1e-3"), ValueError, "rtol is '1e-3'"),
+        (lambda: idf.CG(preconditioner=Jacobi), TypeError, r"did you mean Jacobi\(\)\?"),
+        (lambda: idf.CG(preconditioner=lambda A: 3)(EYE, torch.ones(2)), idf.ImplicitDiffError, "returned int for A"),
+        (lambda: idf.CG(preconditioner=of_one)(EYE, torch.ones(2)), idf.ImplicitDiffError, r"of_one made .*\(1,\) of"),
+        (lambda: Own(x=(2,))(EYE, torch.ones(2)), idf.ImplicitDiffError, "Own.start returned .*, no tensor res"),
+        (lambda: Own(residual_norm=())(EYE, torch.ones(2)), idf.ImplicitDiffError, "no tensor x.*at least x of shape"),
+        (lambda: Own(x=(2,), residual_norm=(2,))(EYE, torch.ones(2)), idf.ImplicitDiffError, r"= \(2,\) and .* = \(\)"),
+        (lambda: Own(x=(2,), residual_norm=())(EYE, torch.ones(3, 2)), idf.ImplicitDiffError, r"\(3, 2\) and .*\(3,\)"),
     ],
 )
 def test_what_is_wrong_is_named(make: Callable[[], object], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         make()
+
+
+def test_whole_numbers_become_integers() -> None:
+    """1e3 is a natural way to write a limit, and a float would fail later, in a range."""
+    for solver in (idf.CG(max_iterations=1e3), idf.Auto(max_iterations=1e3), LBFGS(max_iterations=1e3)):
+        assert type(solver.max_iterations) is int
+    assert type(LBFGS(history=5.0).history) is type(idf.Neumann(3.0).terms) is int
+
+
+def test_a_state_of_the_right_shapes_is_accepted() -> None:
+    info = Own(x=(3, 2), residual_norm=(3,)).solve(EYE, torch.ones(3, 2)).info
+    assert info.statuses == [idf.Status.MAX_ITERATIONS] * 3
+
+
+def test_a_function_that_is_not_exact_is_told_so() -> None:
+    """Neither that A may be singular, nor of a setting that a function does not have."""
+    layer = idf.RootLayer(lambda x, t: 2 * x - t, linear_solver=lambda A, b: 0.51 * b)
+    with pytest.warns(idf.ConvergenceWarning) as caught:
+        layer(torch.zeros(3), torch.ones(3, requires_grad=True)).sum().backward()
+    message = str(caught[0].message)
+    assert "its answer does not solve A u = b: relative residual up to 2.0e-02" in message
+    assert "A subclass of LinearSolver in place of the function takes settings" in message
+    assert "singular" not in message
+    assert "makes this an error" not in message
+
+
+def test_a_structure_declared_wrongly_is_a_cause_of_breakdown() -> None:
+    """A is not singular, but the symmetric matrix with its lower triangle is."""
+    A = DenseOperator(torch.tensor([[1.0, 5.0], [1.0, 1.0]]), "symmetric")
+    with pytest.warns(idf.ConvergenceWarning, match="BREAKDOWN.*the declared structure is wrong: implicitdiff.check"):
+        idf.Dense()(A, torch.tensor([1.0, 0.0]))
 
 
 def test_settings_are_printed() -> None:
