@@ -37,8 +37,10 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# All pages are executed, in one process for each core; then the examples of the API pages.
 docs: $(VENV)/installed-docs
-	$(BIN)/sphinx-build --jobs auto --nitpicky --fail-on-warning --quiet docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build --jobs auto --nitpicky --fail-on-warning --quiet docs docs/_build/html
+	$(BIN)/sphinx-build --quiet --define nb_execution_mode=off --builder doctest docs docs/_build/doctest
 	@echo "The pages are in docs/_build/html/index.html."
 
 # Beside other libraries, which have an environment of their own; all ways on one thread.

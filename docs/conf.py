@@ -3,6 +3,8 @@
 import importlib
 import inspect
 import os
+import re
+import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -10,6 +12,7 @@ project = "implicitdiff"
 author = "the implicitdiff developers"
 version = release = installed_version("implicitdiff")
 root = Path(__file__).resolve().parents[1]
+sys.path.append(str(root / "docs" / "_extensions"))
 
 extensions = [
     "sphinx.ext.autodoc",
@@ -20,6 +23,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "myst_nb",
+    "gallery",
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build", "jupyter_execute", "tables", "data/README.md"]
@@ -34,6 +38,7 @@ nb_merge_streams = True
 
 html_theme = "furo"
 html_title = "implicitdiff"
+html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 copybutton_prompt_text = r">>> |\.\.\. "
@@ -89,9 +94,10 @@ def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
 def _escape_shapes(app, what, name, obj, options, lines) -> None:
     """Shapes such as (*batch, n) are no emphasis, and absolute values no substitutions."""
     for i, line in enumerate(lines):
-        line = line.replace("(*batch", r"(\*batch").replace("(*args", r"(\*args").replace(", *", r", \*")
-        is_code = "``" in line or line.lstrip().startswith((">>>", "..."))
-        lines[i] = line if is_code else line.replace("|", r"\|")
+        if not line.lstrip().startswith((">>>", "...")):
+            parts = re.split(r"(``.*?``)", line)  # every second one is a literal
+            parts[::2] = [re.sub(r"(\(|, )(?=\*\*?\w)", r"\1\\", part).replace("|", r"\|") for part in parts[::2]]
+            lines[i] = "".join(parts)
 
 
 def setup(app) -> None:

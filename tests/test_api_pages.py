@@ -41,12 +41,13 @@ def thing_of(name: str) -> Any:
 
 
 def listed_names() -> list[str]:
-    """The entries of all autosummary tables."""
+    """The entries of all autosummary tables, and the aliases of types, which have no docstrings to be taken from."""
     names = []
     for page in sorted(PAGES.glob("*.md")):
         for block in re.findall(r"```\{eval-rst\}\n(\.\. currentmodule.*?)```", page.read_text(), re.DOTALL):
             module = re.match(r"\.\. currentmodule:: (\S+)", block)[1]  # type: ignore[index]
-            names += [f"{module}.{entry}" for entry in re.findall(r"^   ([\w.]+)$", block, re.MULTILINE)]
+            entries = re.findall(r"^(?:   |\.\. py:data:: )([\w.]+)$", block, re.MULTILINE)
+            names += [f"{module}.{entry}" for entry in entries]
     return names
 
 

@@ -25,6 +25,7 @@ Examples = tuple[Any, Tensor]
 class MetaLoss(NamedTuple):
     """The result of one pass over a batch of tasks: their mean query loss, and the outputs it comes from.
 
+    >>> from torch import nn
     >>> from imaml import MAML
     >>> from imaml.models import MLP
     >>> from imaml.tasks import Sinusoids
@@ -57,6 +58,7 @@ class Learner(nn.Module):
 
     A learner that adapts by one gradient step:
 
+    >>> from torch import nn
     >>> from imaml.models import MLP
     >>> from imaml.tasks import Sinusoids
     >>> class OneStep(Learner):

@@ -23,6 +23,7 @@ class MAML(Learner):
     Shapes and other errors are those of :class:`~imaml.Learner`. Raises ValueError for ``first_order`` together with
     ``truncate``.
 
+    >>> from torch import nn
     >>> from imaml.models import MLP
     >>> from imaml.tasks import Sinusoids
     >>> learner = MAML(MLP([1, 8, 1]), nn.functional.mse_loss, steps=2, stepsize=0.01)

@@ -18,6 +18,7 @@ class Reptile(MAML):
 
     Shapes and errors are those of :class:`~imaml.Learner`.
 
+    >>> from torch import nn
     >>> from imaml.models import MLP
     >>> from imaml.tasks import Sinusoids
     >>> learner = Reptile(MLP([1, 8, 1]), nn.functional.mse_loss, steps=2, stepsize=0.01)

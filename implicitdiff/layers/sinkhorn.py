@@ -35,7 +35,8 @@ class SinkhornLayer(nn.Module):
     constant fixed; the rows of the plan add up exactly, the columns to the inner solver's tolerance. Where a derivative
     changes one of the totals alone, T keeps its row sums, and its column sums are proportional to ``column_sums``.
 
-    * ``epsilon``: in the units of the cost; a number, or a tensor that broadcasts to (*batch,), such as a learned ``nn.Parameter``;
+    * ``epsilon``: in the units of the cost; a number, or a tensor that broadcasts to (*batch,), such as a learned
+      ``nn.Parameter``;
     * ``inner_solver``: :class:`SemidualNewton` by default. ``FixedPointIteration()`` is Sinkhorn's own iteration and
       ``Anderson()`` accelerates it: cheaper steps, for large plans that are not too sharp;
     * ``linear_solver``: for derivatives; :class:`~implicitdiff.Auto` by default.

@@ -61,6 +61,7 @@ class LinearOperator(ABC):
     Raises ValueError for another structure, for a structure of a rectangular matrix, and where shapes do not fit:
     those of a vector, or of two operators.
 
+    >>> from implicitdiff.operators import DenseOperator
     >>> A = DenseOperator(torch.tensor([[2.0, 1.0], [0.0, 3.0]]))
     >>> A @ torch.tensor([1.0, 1.0])
     tensor([3., 3.])

@@ -373,9 +373,12 @@ def test_a_low_product_of_a_network_is_low_and_its_gradient_is_not() -> None:
         pull = sum(((p - c) ** 2).sum() for p, c in zip(phi.values(), center.values(), strict=True))
         return ((out - targets.to(out.dtype)) ** 2).mean() + pull
 
+    with torch.no_grad():
+        solution = idf.ArgminLayer(objective)(theta, theta)
+
     def gradient(dtype: torch.dtype, solver: Any) -> tuple[Tensor, idf.SolveInfo]:
         center = {k: v.to(dtype, copy=True).requires_grad_() for k, v in theta.items()}
-        x = {k: v.to(dtype) + 0.01 for k, v in theta.items()}
+        x = {k: v.to(dtype) for k, v in solution.items()}
         with idf.record() as history:
             at = idf.attach(idf.Stationary(objective), x, center, linear_solver=solver)
             sum((v**2).sum() for v in at.values()).backward()
