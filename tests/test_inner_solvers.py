@@ -126,6 +126,10 @@ def test_newton_reaches_the_root_next_to_each_start() -> None:
         (GradientDescent(10.0, max_iterations=500), lambda x: (x**4).sum(), 1.0, "NON_FINITE"),
         (GradientDescent(1e-6, max_iterations=5), lambda x: (x**2).sum(), 1.0, "MAX_ITERATIONS"),
         (NewtonCG(max_iterations=200), lambda x: (x**2).sum() + float("nan") * x.sum(), 1.0, "NON_FINITE"),
+        # The objective is NaN at the start, and its gradient is not.
+        (LBFGS(), lambda x: x.log().square().sum(), -1.0, "NON_FINITE"),
+        (GradientDescent(), lambda x: x.log().sum(), -1.0, "NON_FINITE"),
+        (NewtonCG(), lambda x: x.log().square().sum(), -1.0, "NON_FINITE"),
         (Newton(), lambda x: (x**2 + 1).sum() + (x**3 / 3).sum() * 0 + x.sum() * 0, 1.0, "CONVERGED"),
     ],
 )

@@ -396,6 +396,20 @@ def test_check_finds_what_is_wrong_and_nothing_else() -> None:
     assert "dropout" in str(report)
 
 
+def test_check_names_solves_that_failed_unless_that_is_wanted() -> None:
+    t, zero = random(1, 2), torch.zeros(2, dtype=D)
+    cosh = lambda x, t: torch.cosh(x - t).sum()  # noqa: E731
+    for policy, words in (("warn", "the inner solve failed"), ("ignore", "ok")):
+        steps = idf.inner_solvers.GradientDescent(0.5, max_iterations=60, tol=0.0, on_failure=policy)
+        layer = idf.ArgminLayer(cosh, inner_solver=steps, polish=True)  # as good as solved
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", idf.ConvergenceWarning)
+            assert words in str(idf.check(layer, zero, t))
+    nowhere = wrapped(idf.Root(lambda x, t: x - t), lambda t: t / 0)
+    with pytest.warns(idf.ConvergenceWarning, match="NON_FINITE"):
+        assert "not finite" in str(idf.check(nowhere, zero, 0 * t))
+
+
 def test_check_takes_layers_and_wrapped_solvers_only() -> None:
     with pytest.raises(TypeError, match="RootLayer, FixedPointLayer or a function wrapped by implicit"):
         idf.check(lambda init: init, torch.zeros(1))
@@ -519,7 +533,7 @@ def test_polish_squares_the_error_and_estimates_the_distance(kind: str) -> None:
         inner = idf.inner_solvers.GradientDescent(0.25, **settings)
     elif kind == "root":
         make, function = idf.RootLayer, cubic
-        inner = lambda problem, x0: x0 + 0.01  # noqa: E731
+        inner = lambda problem, x0: x0 + 0.005  # noqa: E731
     else:
         make, function = idf.FixedPointLayer, lambda x, t: x - 0.25 * cubic(x, t)
     exact = idf.RootLayer(cubic, inner_solver=Newton(tol=1e-14))

@@ -1,4 +1,4 @@
-"""The Python examples of the README and of the page on implicit MAML run as they stand."""
+"""The Python examples of the README and of the first page on implicit MAML run as they stand; links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -20,3 +20,14 @@ def test_the_pages_have_examples() -> None:
 @pytest.mark.parametrize("block", BLOCKS)
 def test_example_runs(block: str) -> None:
     exec(compile(block, "example", "exec"), {})
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_relative_links_lead_to_files(page: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", (ROOT / page).read_text())
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_comparison_is_that_of_the_benchmark() -> None:
+    assert (ROOT / "docs" / "tables" / "capabilities.md").read_text() in (ROOT / "README.md").read_text()

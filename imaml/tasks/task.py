@@ -72,6 +72,8 @@ class TaskSource(Protocol):
 
 
 def generator_for(split: Split, seed: int, index: int) -> torch.Generator:
-    """A random generator of its own for each (split, seed, index)."""
+    """A random generator of its own for each (split, seed, index). Raises ValueError for another split."""
+    if split not in get_args(Split):
+        raise ValueError(f"split is {split!r}, but it must be one of {', '.join(map(repr, get_args(Split)))}.")
     entropy = np.random.SeedSequence((get_args(Split).index(split), seed, index))
     return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))

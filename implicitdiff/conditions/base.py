@@ -48,14 +48,14 @@ class Condition(Protocol):
         """F(x, *args, **kwargs), a tree like x."""
 
 
-def checked_callable(function: Any, name: str) -> Any:
+def checked_callable(function: Any, name: str, call: str | None = None) -> Any:
     """The function, or a TypeError that says what was given instead.
 
     A module with buffers is called on copies of them: a solver evaluates it many times, which must not move the
     running statistics of a batch norm.
     """
     if not callable(function) or isinstance(function, type):
-        raise TypeError(f"{name} is {function!r}, but it must be a callable: {name}(x, *args).")
+        raise TypeError(f"{name} is {function!r}, but it must be a callable: {call or f'{name}(x, *args)'}.")
     if isinstance(function, torch.nn.Module) and any(True for _ in function.buffers()):
 
         def on_copies(*args: Any, **kwargs: Any) -> Any:

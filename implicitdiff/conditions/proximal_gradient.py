@@ -124,7 +124,7 @@ class BlockProximalGradient(ForwardBackward):
         self.objective = checked_callable(objective, "objective")
         self.proxes, self._spec = pytree.tree_flatten(proxes)
         for prox in self.proxes:
-            checked_callable(prox, "each of the proxes")
+            checked_callable(prox, "each of the proxes", "prox(v, stepsize, *args)")
         steps, spec = pytree.tree_flatten(stepsizes)
         if spec != self._spec:
             raise ValueError(f"proxes are {self._spec} and stepsizes {spec}, but there must be one of each per block.")

@@ -59,7 +59,8 @@ def first_iterate(problem: InnerProblem, x: Tensor, project: Projection | None =
     value, gradient = problem.value_and_gradient(x)
     norm = _residual_norm(x, gradient, project)
     zero = torch.zeros_like(norm, dtype=torch.int64)
-    progress = Progress(value.detach(), norm.detach(), zero, zero, zero + RUNNING)
+    status = torch.where(value.detach().isnan(), int(Status.NON_FINITE), zero + RUNNING)  # no step could be judged
+    progress = Progress(value.detach(), norm.detach(), zero, zero, status)
     return Iterate(x, value, gradient, norm, torch.ones_like(norm.detach()), progress)
 
 

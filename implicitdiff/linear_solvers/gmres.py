@@ -10,6 +10,7 @@ from torch import Tensor
 from .._vectors import vector_norm
 from ..info import RUNNING, FailurePolicy, Status
 from ..preconditioners import Preconditioner
+from .base import check_count
 from .iterative import IterativeLinearSolver
 from .system import System, initial
 
@@ -70,9 +71,7 @@ class GMRES(IterativeLinearSolver):
             compile=compile,
             check_every=check_every,
         )
-        if int(restart) != restart or restart < 1:
-            raise ValueError(f"restart is {restart!r}, but it must be a whole number of at least 1.")
-        self.restart = restart
+        self.restart = check_count(restart, "restart")
 
     def start(self, A: System, b: Tensor, x0: Tensor | None) -> GMRESState:
         return self._cycle(*initial(A, b, x0))

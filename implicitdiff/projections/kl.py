@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._parameters import check_non_negative, check_vector
 from ..errors import ImplicitDiffError
 from ..layers import SinkhornLayer
 
@@ -12,12 +13,15 @@ from ..layers import SinkhornLayer
 def kl_simplex(v: Tensor, total: Tensor | float = 1.0) -> Tensor:
     """argmin KL(x, exp(v)) over x ≥ 0 with Σ x = total, which is total · softmax(v).
 
-    ``v`` is (*batch, n), ``total`` a number or (*batch,), positive (which is not looked at; it raises nothing). It is
-    the map from the dual variables back to the simplex in mirror descent with the entropy (Beck and Teboulle 2003).
+    ``v`` is (*batch, n), ``total`` a number or (*batch,), positive. It is the map from the dual variables back to the
+    simplex in mirror descent with the entropy (Beck and Teboulle 2003). Raises ValueError for a negative number and for
+    a v without a last dimension.
 
     >>> kl_simplex(torch.tensor([0.0, 0.0]), 3.0)
     tensor([1.5000, 1.5000])
     """
+    check_vector(v)
+    check_non_negative(total=total)
     total = torch.as_tensor(total, dtype=v.dtype, device=v.device)
     return total.unsqueeze(-1) * torch.softmax(v, -1)
 

@@ -76,3 +76,7 @@ def test_what_is_not_possible() -> None:
         kl_birkhoff_polytope(torch.zeros(2, 3))
     with pytest.raises(idf.ImplicitDiffError, match="adds up to 2 and column_sums to 3"):
         kl_transport_polytope(torch.zeros(2, 3), torch.ones(2), torch.ones(3))
+    with pytest.raises(ValueError, match=r"total is -1\.0, but it must be at least 0"):
+        kl_simplex(torch.zeros(3), -1.0)
+    with pytest.raises(ValueError, match="v is 0-d"):
+        kl_simplex(torch.tensor(1.0))
