@@ -62,7 +62,8 @@ class Equations:
                 f"the objective returned {given}, but it must return a scalar tensor of a real floating-point dtype: "
                 f"sum or average, and take .real of a complex number."
             )
-        value = value.to(x.dtype.to_real())  # as residuals are: an argument may be of another precision
+        # As residuals are: an argument may be of another precision.
+        value = value.to(x.real.dtype if x.is_complex() else x.dtype)
         return value if value.ndim == 0 else value.reshape(())
 
     def mapped(self, function: Callable[..., Any], numbers: int = 0) -> Callable[..., Tensor]:

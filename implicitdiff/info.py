@@ -325,7 +325,8 @@ def _failure_message(kind: str, info: SolveInfo) -> str:
     norm = "‖F(x)‖" if kind == "forward" else "relative residual"
     known = _REMEDIES_OF_INNER_SOLVES if kind == "forward" else _REMEDIES
     remedies = "; ".join(known.get(s, "") for s in statuses)
-    silence = 'on_failure="raise" makes this an error, "ignore" silences it'
+    whose = "inner" if kind == "forward" else "linear"
+    silence = f'on_failure="raise" of the {whose} solver makes this an error, "ignore" silences it'
     if info.by_function:
         silence = "A subclass of LinearSolver in place of the function takes settings: rtol, atol and on_failure"
     if statuses in ([Status.NOT_SMOOTH], [Status.NOT_A_SOLUTION]):

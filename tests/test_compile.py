@@ -152,6 +152,7 @@ def test_layers_have_the_same_solutions_reports_and_derivatives(name: str) -> No
 
 
 @NEEDS_COMPILER
+@pytest.mark.filterwarnings("error:.*goes on uncompiled:UserWarning")
 def test_what_a_function_closes_over_is_not_frozen() -> None:
     target = torch.ones(2, dtype=torch.float64)
 

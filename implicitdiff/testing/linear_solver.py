@@ -40,7 +40,7 @@ class LinearSolverReport:
     >>> report.ok
     False
     >>> print(report)
-    CG fails 1 checks:
+    CG fails 1 check:
     * negative curvature: it says that it converged.
     """
 
@@ -55,7 +55,8 @@ class LinearSolverReport:
         return not self.failures
 
     def __str__(self) -> str:
-        head = f"{self.solver} fails {len(self.failures)} checks:"
+        count = len(self.failures)
+        head = f"{self.solver} fails {count} check{'s' if count != 1 else ''}:"
         if self.ok:
             head = f"{self.solver} keeps everything that was checked."
         return "\n".join([head, *(f"* {f}" for f in self.failures), *(f"note: {note}" for note in self.notes)])
