@@ -54,7 +54,8 @@ class Status(IntEnum):
     UNBOUNDED = 8
     """The objective has no lower bound on the feasible set; a direction that shows it was found."""
     NOT_A_SOLUTION = 9
-    """A system was solved, but at an x that is far from satisfying its condition: a derivative of something else."""
+    """A system was solved, but x is so far from satisfying its condition that what is differentiated is off by more than
+    a hundredth of ‖x‖."""
 
 
 RUNNING = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ class Fit(NamedTuple):
     """The share of the variance of y, R²."""
 
     def __str__(self) -> str:
-        return f"{self.slope:.3f} ± {self.half_width:.3f}"
+        interval = "" if math.isnan(self.half_width) else f" ± {self.half_width:.3f}"  # two points have none
+        return f"{self.slope:.3f}{interval}"
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> Fit:

@@ -39,7 +39,8 @@ class SinkhornLayer(nn.Module):
       ``nn.Parameter``;
     * ``inner_solver``: :class:`SemidualNewton` by default. ``FixedPointIteration()`` is Sinkhorn's own iteration and
       ``Anderson()`` accelerates it: cheaper steps, for large plans that are not too sharp;
-    * ``linear_solver``: for derivatives; :class:`~implicitdiff.Auto` by default.
+    * ``linear_solver``: for derivatives; :class:`~implicitdiff.Auto` by default. Its system gets harder as epsilon
+      falls: at some 1e-4 times the range of the costs it may be beyond double precision, which a warning says.
 
     Raises ValueError where epsilon is not positive, and :class:`~implicitdiff.ImplicitDiffError` for sums that no plan
     has; warns with :class:`~implicitdiff.ConvergenceWarning` where a solve failed.
