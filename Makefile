@@ -40,7 +40,7 @@ types: install
 # All pages are executed, in one process for each core; then the examples of the API pages.
 docs: $(VENV)/installed-docs
 	OMP_NUM_THREADS=1 $(BIN)/sphinx-build --jobs auto --nitpicky --fail-on-warning --quiet docs docs/_build/html
-	$(BIN)/sphinx-build --quiet --define nb_execution_mode=off --builder doctest docs docs/_build/doctest
+	$(BIN)/sphinx-build --quiet --builder doctest --define nb_execution_mode=off --define suppress_warnings=myst-nb.lexer docs docs/_build/doctest
 	@echo "The pages are in docs/_build/html/index.html."
 
 # Beside other libraries, which have an environment of their own; all ways on one thread.

@@ -31,6 +31,7 @@ default_role = "code"
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
+os.environ["MATPLOTLIBRC"] = str(root / "docs" / "pages.mplstyle")  # of the kernels that execute the pages
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300

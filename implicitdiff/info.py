@@ -54,8 +54,8 @@ class Status(IntEnum):
     UNBOUNDED = 8
     """The objective has no lower bound on the feasible set; a direction that shows it was found."""
     NOT_A_SOLUTION = 9
-    """A system was solved, but x is so far from satisfying its condition that what is differentiated is off by more than
-    a hundredth of ‖x‖."""
+    """A system was solved, but x is so far from satisfying its condition that what is differentiated is off by more
+    than a hundredth of max(1, ‖x‖)."""
 
 
 RUNNING = -1
@@ -69,8 +69,8 @@ _REMEDIES = {
     "declared structure is wrong: implicitdiff.check finds out",
     Status.INDEFINITE: "the operator is not positive definite (a saddle point, or too little regularisation?): "
     "use MINRES, Dense() or Auto()",
-    Status.STAGNATED: "rounding errors rule, or there is no solution near the start: loosen the tolerance, rescale the "
-    "problem, use float64, or start elsewhere",
+    Status.STAGNATED: "rounding errors rule: loosen the tolerance, rescale the problem, or use float64; where CG met "
+    "negative curvature, x is no strict minimum: lower the inner solver's tol first",
     Status.NON_FINITE: "look for overflow, a division by zero or a log of zero, at the solution or in the cotangent",
     Status.NOT_SMOOTH: "x lies where its condition has a kink (degenerate: a constraint active with a zero multiplier, "
     "a coefficient about to enter or leave the support), and the derivative is that of one side: move the arguments "
@@ -78,11 +78,13 @@ _REMEDIES = {
     Status.INFEASIBLE: "the constraints contradict each other: relax them, or look for a sign error in them",
     Status.UNBOUNDED: "the objective falls without end: add constraints or a quadratic term",
     Status.NOT_A_SOLUTION: "x does not satisfy its condition: by its residual, what is differentiated is off by more "
-    "than a hundredth of ‖x‖. Solve the inner problem more accurately, or see whether the condition describes what it "
-    "solves (implicitdiff.check)",
+    "than a hundredth of max(1, ‖x‖). Solve the inner problem more accurately, or see whether the condition describes "
+    "what it solves (implicitdiff.check)",
 }
 
 _REMEDIES_OF_INNER_SOLVES = _REMEDIES | {
+    Status.STAGNATED: "rounding errors rule, or there is no solution near the start: loosen the tolerance, rescale the "
+    "problem, use float64, or start elsewhere",
     Status.MAX_ITERATIONS: "raise max_iterations, loosen tol, or start nearer to the solution; where ‖F(x)‖ does not "
     "fall, see whether there is a solution at all (an objective without a minimum?)",
     Status.BREAKDOWN: "the method cannot go on from where it is (no change of sign between the bounds of a bisection, "

@@ -84,7 +84,8 @@ class ArgminLayer(ImplicitLayer):
       ``LBFGS`` with bounds), otherwise :class:`~implicitdiff.Stationary`. With one that is given, the report says
       whether *it* holds at the solution.
     * ``polish``: one Newton step after the inner solver, by a loose solve with ``linear_solver``. It squares the error
-      of the derivative and fills ``solution.forward.distance`` and ``.gradient_error``.
+      of the derivative and fills ``solution.forward.distance`` and ``.gradient_error``. It is kept where it lowers the
+      residual only: a distance beyond ‖x‖ says that x is not near a solution.
     * ``process_group``: for a data-parallel problem. What is minimised is the *sum* over the group's ranks of their
       objectives, each on its own shard of the data; all ranks call the layer and its derivative together, and get the
       same x. ``init`` and every tensor that is differentiated must be the same on all ranks, and its gradient is that
