@@ -199,9 +199,10 @@ def backward(m: int, n: int) -> list[Row]:
     ways = {
         "by hand": ready(lambda: by_hand(work, work.x, g)),
         "bare products": bare_products(work, count, g),
-        "implicitdiff, CG": ours_backward(work, g, idf.CG(rtol=RTOL)),
-        "implicitdiff, default (Auto)": ours_backward(work, g, idf.Auto(rtol=RTOL)),
-        "implicitdiff, CG, compiled": ours_backward(work, g, idf.CG(rtol=RTOL, compile=True)),
+        # At a point that is no minimum, of which nobody need be warned.
+        "implicitdiff, CG": ours_backward(work, g, idf.CG(rtol=RTOL, on_failure="ignore")),
+        "implicitdiff, default (Auto)": ours_backward(work, g, idf.Auto(rtol=RTOL, on_failure="ignore")),
+        "implicitdiff, CG, compiled": ours_backward(work, g, idf.CG(rtol=RTOL, compile=True, on_failure="ignore")),
     }
     if importable("torchopt"):
         solve = torchopt_solver(work, lambda x0: work.x.clone())
