@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import implicitdiff as idf
+from implicitdiff.layers import _interior_point
 from implicitdiff.layers._interior_point import Optimum, Program, default_tolerance, solve_program
 
 from .problems import random
@@ -46,6 +47,10 @@ def solve(program: Program, start: tuple[Tensor, Tensor] | None = None) -> Optim
     return solve_program(program, default_tolerance(program.q.dtype), 100, start)
 
 
+def single(program: Program) -> Program:
+    return Program(*(v.float() for v in program[:4]), program.equalities)  # type: ignore[arg-type]
+
+
 def residual(program: Program, x: Tensor, y: Tensor) -> float:
     Q, q, C, c, p = program
     slack = c - times(C, x)
@@ -69,9 +74,58 @@ def test_finds_the_chosen_optimum_to_rounding(n: int, p: int, m: int) -> None:
 
 def test_finds_it_in_single_precision() -> None:
     program, x, _ = chosen(2, 30, 8, 2, 12)
-    optimum = solve(Program(*(v.float() for v in program[:4]), 2))  # type: ignore[arg-type]
+    optimum = solve(single(program))
     assert optimum.status.eq(SOLVED).all()
-    torch.testing.assert_close(optimum.x.double(), x, rtol=0, atol=1e-4)
+    torch.testing.assert_close(optimum.x.double(), x, rtol=0, atol=1e-5)
+
+
+def test_corrects_the_active_set_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multipliers and slacks of 1e-3 and less: the root of the tolerance does not tell which one is zero."""
+    (Q, _, C, c, p), x, y = chosen(18, 60, 8, 2, 12)
+    small = 10 ** -(3 + random(19, 60, 3).abs().clamp(max=1))
+    y[:, 2:5], slack = small, c - times(C, x)
+    slack[:, 5:8] = small
+    slack[:, 2:5] = y[:, 5:8] = 0
+    program = Program(Q, -times(Q, x) - times(C.mT, y), C, times(C, x) + slack, p)
+    optimum = solve(single(program))
+    assert optimum.status.eq(SOLVED).all()
+    torch.testing.assert_close(optimum.x.double(), x, rtol=0, atol=2e-5)
+
+    monkeypatch.setattr(_interior_point, "CORRECTIONS", 1)  # too few for some, which are reported
+    optimum = solve(single(program))
+    solved = optimum.status.eq(SOLVED)
+    assert 0 < int(solved.sum()) < 60
+    torch.testing.assert_close(optimum.x[solved].double(), x[solved], rtol=0, atol=2e-5)
+    assert optimum.status[~solved].eq(int(idf.Status.STAGNATED)).all()
+
+
+def test_ill_conditioned_programs_in_single_precision() -> None:
+    """An objective whose terms cancel, at an x of size 100: its gap is of rounding, and the point is the optimum."""
+    F = random(24, 250, 10, 10) * torch.logspace(0, -3, 10, dtype=D)
+    Q, C = 0.1 * F @ F.mT + 1e-3 * torch.eye(10, dtype=D), random(27, 250, 14, 10)
+    slack = torch.nn.functional.pad(random(28, 250, 12).abs(), (2, 0))
+    program = Program(Q, random(29, 250, 10), C, times(C, random(30, 250, 10)) + slack, 2)
+    x, optimum = solve(program).x, solve(single(program))
+    assert optimum.status.eq(SOLVED).all()
+    assert float(((optimum.x - x).abs().amax(-1) / x.abs().amax(-1)).max()) < 1e-4
+
+
+@pytest.mark.parametrize("inequalities", [False, True])
+def test_proofs_in_single_precision(inequalities: bool) -> None:
+    """x₁ falls without an end, or two equalities, or inequalities, contradict each other."""
+    Q, q, C, c, p = chosen(25, 40, 8, 2, 10)[0]
+    Q[:, 0] = Q[:, :, 0] = 0
+    q[:, 0], C[:, :p, 0], C[:, p:, 0] = -1, 0, -C[:, p:, 0].abs()
+    k = None if inequalities else p
+    optimum = solve(single(Program(Q, q, C[:, :k], c[:, :k], p)))
+    assert optimum.status.eq(UNBOUNDED).all()
+    Q, q, C, c, p = chosen(26, 40, 8, 2, 10)[0]
+    row, side = (-C[:, -1:], -c[:, -1:] - 1) if inequalities else (C[:, :1], c[:, :1] + 1)
+    parts = [(C, c), (row, side)] if inequalities else [(row, side), (C, c)]
+    C, c = (torch.cat(v, 1) for v in zip(*parts, strict=True))
+    optimum = solve(single(Program(Q, q, C, c, p + (not inequalities))))
+    assert float(optimum.status.eq(INFEASIBLE).double().mean()) > 0.9  # rounding stops some before a proof
+    assert not optimum.status.eq(SOLVED).any()
 
 
 def test_linear_programs_against_scipy() -> None:

@@ -241,6 +241,66 @@ def test_single_precision() -> None:
         torch.testing.assert_close(f.double(), g, rtol=1e-3, atol=1e-4)
 
 
+def nonnegative_points(n: int, p: int) -> list[Tensor]:
+    """64 projections onto {x ≥ 0, A x = b}: Q, q, A, b, G, h."""
+    A, eye = torch.rand(p, n, generator=torch.Generator().manual_seed(n), dtype=D), torch.eye(n, dtype=D)
+    return [eye, random(18, 64, n), A, A.sum(-1) / 2, -eye, torch.zeros(n, dtype=D)]
+
+
+def with_gradient(data: list[Tensor], dtype: torch.dtype) -> tuple[idf.Solution, Tensor, Tensor]:
+    """The solution, and x and the gradient in q of a weighted sum of x, both in double precision."""
+    Q, q, *rest = (v.to(dtype) for v in data)
+    q.requires_grad_()
+    solution = QPLayer(on_failure="ignore").solve(Q, q, *rest)
+    x = solution.value.primal
+    (g,) = torch.autograd.grad((x * random(19, *x.shape).to(dtype)).sum(), q)
+    return solution, x.detach().double(), g.double()
+
+
+@pytest.mark.parametrize("kind", ["nonnegative 8", "nonnegative 50", "chosen 40", "steep 10", "linear 8"])
+def test_single_precision_is_as_good_as_its_rounding(kind: str) -> None:
+    """x within 1e-5 of its size, gradients within 1e-3 or reported; at most 2 of 64 reported."""
+    name, n = kind.split()
+    data = nonnegative_points(int(n), int(n) // 4) if name == "nonnegative" else arguments(20, int(n), 3, 40, batch=64)
+    if name == "steep":
+        F = random(24, 64, 10, 10)
+        data[0] = F @ F.mT + 0.1 * torch.eye(10, dtype=D)
+    if name == "linear":  # at a vertex, which q does not move
+        Q, q, C, c, _ = chosen(25, 64, 8, 3, 20, rank=0, active=5)[0]
+        data = [Q, q, C[:, :3], c[:, :3], C[:, 3:], c[:, 3:]]
+    _, x, g = with_gradient(data, D)
+    solution, found, gradient = with_gradient(data, torch.float32)
+    assert bool(solution.forward.converged.all())
+    error = (found - x).abs().amax(-1) / x.abs().amax(-1)
+    assert float(error.max()) < 1e-5
+    assert solution.backward is not None
+    flagged = ~solution.backward.converged
+    assert int(flagged.sum()) <= 2
+    wrong = (gradient - g).norm(dim=-1) > 1e-3 * (g.norm(dim=-1) + 1e-2)
+    assert not bool((wrong & ~flagged).any())
+
+
+def test_single_precision_reports_what_it_cannot_tell() -> None:
+    """A constraint that is met with a multiplier of zero, and a Q whose condition number is 1e10."""
+    Q, q, A, b, G, h = arguments(21, n=8, m=12, batch=64)
+    x = QPLayer()(Q, q, A, b, G, h)
+    h[:, -1] = (G[:, -1] * x).sum(-1)
+    solution, found, _ = with_gradient([Q, q, A, b, G, h], torch.float32)
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-4)
+    assert solution.backward is not None
+    assert bool((solution.backward.status == idf.Status.NOT_SMOOTH).all())
+
+    steep = torch.diag(torch.logspace(0, -10, 8, dtype=D))
+    turn = torch.linalg.qr(random(22, 64, 8, 8))[0]
+    Q = turn @ steep @ turn.mT
+    data = [Q, -(Q @ random(23, 64, 8, 1)).squeeze(-1), A, b, G, h + 100]
+    _, _, g = with_gradient(data, D)
+    solution, _, gradient = with_gradient(data, torch.float32)
+    assert solution.backward is not None
+    good = (gradient - g).norm(dim=-1) < 1e-2 * g.norm(dim=-1)
+    assert not bool((~good & solution.backward.converged).any())
+
+
 def test_a_larger_program_against_scipy() -> None:
     Q, q, A, b, G, h = arguments(17, n=30, p=4, m=50)
     x = QPLayer()(Q, q, A, b, G, h)
