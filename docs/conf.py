@@ -59,7 +59,7 @@ autodoc_default_options = {
 }
 
 # The names of other projects that the pages mention stand in short inventories of their own, so that a build needs no
-# network; nothing else that is foreign is linked to.
+# network. A build fails for one that is not there.
 intersphinx_mapping = {
     "python": ("https://docs.python.org/3", "inventories/python.txt"),
     "torch": ("https://docs.pytorch.org/docs/stable", "inventories/torch.txt"),
@@ -67,9 +67,9 @@ intersphinx_mapping = {
     "scipy": ("https://docs.scipy.org/doc/scipy", "inventories/scipy.txt"),
 }
 nitpick_ignore_regex = [
-    (r"py:.*", r"(?!implicitdiff|imaml).*"),
-    # Not public, or of one solver alone.
+    # Not public, of one solver alone, or short for a union in a signature that could not be evaluated.
     (r"py:.*", r"implicitdiff(\.\w+)*\._.*|.*State|.*ImplicitLayer|imaml\.config\..*|.*\.Source"),
+    (r"py:class", r"ProcessGroup|Tensor|Examples|\w+SolverLike|_P|dict\[str"),
 ]
 
 # [source] links: to the repository, where SOURCE_URL gives the address that its files have there, as in
@@ -101,5 +101,20 @@ def _escape_shapes(app, what, name, obj, options, lines) -> None:
             lines[i] = "".join(parts)
 
 
+_attributes: dict[str, list[str]] = {}
+
+
+def _set_aside(app, what, name, obj, options, lines) -> None:
+    """napoleon would take what stands before a colon in the text of an attribute for its type."""
+    if what in ("attribute", "property", "data"):
+        _attributes[name] = list(lines)
+
+
+def _put_back(app, what, name, obj, options, lines) -> None:
+    lines[:] = _attributes.pop(name, lines)
+
+
 def setup(app) -> None:
-    app.connect("autodoc-process-docstring", _escape_shapes)
+    app.connect("autodoc-process-docstring", _set_aside, priority=400)
+    app.connect("autodoc-process-docstring", _put_back, priority=600)
+    app.connect("autodoc-process-docstring", _escape_shapes, priority=700)

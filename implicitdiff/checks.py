@@ -25,7 +25,7 @@ EXACT_UP_TO = 64
 
 @dataclass
 class CheckReport:
-    """What :func:`check` found; ``print`` it.
+    """What :func:`~implicitdiff.check` found; ``print`` it.
 
     A condition that promises a symmetric ∂F/∂x without having one:
 

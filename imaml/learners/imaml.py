@@ -103,7 +103,7 @@ class IMAML(Learner):
         return result
 
     def report(self) -> dict[str, float]:
-        """The accuracy of the last :meth:`meta_step`, as means over its tasks.
+        """The accuracy of the last :meth:`~imaml.Learner.meta_step`, as means over its tasks.
 
         * ``"delta"``: the bound ‖∇G(φ)‖ / min λ of ‖φ − φ*‖, and ``"delta_missed"``, where δ was asked for: the share
           of tasks that did not reach it;

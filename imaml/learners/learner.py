@@ -42,7 +42,7 @@ class MetaLoss(NamedTuple):
 
 
 class Learner(nn.Module):
-    """The base of the meta-learning algorithms: a subclass writes :meth:`adapted`.
+    """The base of the meta-learning algorithms: a subclass writes :meth:`~imaml.Learner.adapted`.
 
     * ``model``: its parameters are adapted to each task, from θ, their own values. Those that do not require gradients
       are adapted all the same, but not learned: each task starts from what they are;
@@ -121,7 +121,7 @@ class Learner(nn.Module):
         return MetaLoss(torch.cat(losses).mean(), torch.cat(outputs))
 
     def report(self) -> dict[str, float]:
-        """What the last :meth:`meta_step` and its ``backward()`` tell of their accuracy, as means over its tasks."""
+        """What the last :meth:`~imaml.Learner.meta_step` and its ``backward()`` tell of their accuracy, as means over its tasks."""
         return {}
 
     def _chunks(self, tasks: Task | list[Task]) -> Iterator[Task]:

@@ -25,7 +25,7 @@ POWELL_XTOL = 1e-10
 
 
 class SciPyMinimize(SciPySolver):
-    """A minimiser of ``scipy.optimize.minimize`` by its name, the local ones without constraints.
+    """A minimiser of :func:`scipy.optimize.minimize` by its name, the local ones without constraints.
 
     One system of a batch after the other, in float64 on the CPU, with the gradient, and the Hessian or its products
     where the method takes them. SciPy's own tolerances are set to zero, and the first point with ‖∇f‖₂ ≤ ``tol`` ends

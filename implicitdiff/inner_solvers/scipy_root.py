@@ -16,7 +16,7 @@ WITH_JACOBIAN = {"hybr": "maxfev", "lm": "maxiter"}
 
 
 class SciPyRoot(SciPySolver):
-    """A root finder of ``scipy.optimize.root`` by its name.
+    """A root finder of :func:`scipy.optimize.root` by its name.
 
     One system of a batch after the other, in float64 on the CPU; "hybr" and "lm" get the Jacobian. SciPy's own
     tolerances are set to zero, and the first point with ‖F(x)‖₂ ≤ ``tol`` ends the solve; where there is none, x is the

@@ -23,7 +23,7 @@ METHODS = ("bicg", "bicgstab", "cg", "cgs", "gcrotmk", "gmres", "lgmres", "lsmr"
 
 
 class SciPy(LinearSolver):
-    """An iterative solver of ``scipy.sparse.linalg`` by its name, for operators on the CPU.
+    """An iterative solver of :mod:`scipy.sparse.linalg` by its name, for operators on the CPU.
 
     One system after the other, each by products with the whole batch: for reference and for single systems. SciPy's
     solver stops by a criterion of its own; the report has the true residual, as always.
