@@ -245,7 +245,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class RecordedSolve:
-    """One entry of :func:`~implicitdiff.record`: which solve it was and its report, whose fields can be read here directly.
+    """One entry of :func:`~implicitdiff.record`: which solve it was, and its report, whose fields it has too.
 
     >>> import implicitdiff as idf
     >>> with idf.record() as history:

@@ -121,7 +121,10 @@ class Learner(nn.Module):
         return MetaLoss(torch.cat(losses).mean(), torch.cat(outputs))
 
     def report(self) -> dict[str, float]:
-        """What the last :meth:`~imaml.Learner.meta_step` and its ``backward()`` tell of their accuracy, as means over its tasks."""
+        """What the last :meth:`~imaml.Learner.meta_step` and its ``backward()`` tell of their accuracy.
+
+        Means over its tasks.
+        """
         return {}
 
     def _chunks(self, tasks: Task | list[Task]) -> Iterator[Task]:

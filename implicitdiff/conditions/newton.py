@@ -14,7 +14,7 @@ from .fixed_point import FixedPoint
 
 
 class Newton(FixedPoint):
-    """x = x − J(x)⁻¹ r(x, *args) with J = ∂r/∂x: the same roots as :class:`~implicitdiff.Root`, by the step of Newton's method
+    """x = x − J(x)⁻¹ r(x, *args) with J = ∂r/∂x: the roots of :class:`~implicitdiff.Root`, by a step of Newton's method
     (Blondel et al. 2022, Table 1).
 
     At a root ∂F/∂x is the identity, so that every linear solver is done at once; but each evaluation forms and inverts
