@@ -31,8 +31,8 @@ class ImageFolder(ImageClasses):
     * by a file ``data/split.json``, {"train": [classes], "val": [classes], "test": [classes]}, or one given as
       ``split``; for a zip it may also lie beside: ``flowers.split.json`` for ``flowers.zip``; or
     * not at all: then the classes ``data/CLASS/…`` are divided (:func:`~imaml.tasks.image_folder.divide`), and that
-      file is written, with a warning. Later runs keep to it: a class that is added is left out, with a warning, until it is named there, and
-      a test class is never trained on.
+      file is written, with a warning. Later runs keep to it: a class that is added is left out, with a warning, until
+      it is named there, and a test class is never trained on.
 
     The decoded pictures are cached in one file in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
