@@ -46,6 +46,7 @@ docs: $(VENV)/installed-docs
 # Beside other libraries, which have an environment of their own; all ways on one thread.
 bench: .venv-bench
 	.venv-bench/bin/python -m benchmarks.peers
+	.venv-bench/bin/python -m benchmarks.peers.capabilities
 	.venv-bench/bin/python -m benchmarks.growth
 	.venv-bench/bin/python -m benchmarks.overhead
 

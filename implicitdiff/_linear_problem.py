@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -119,7 +120,8 @@ def _is_no_solution(solver: Any, A: LinearOperator, residual: Tensor, u: Tensor,
     """
     if A.is_symmetric or _is_transposed(A):
         return dot(u, residual).abs() > FAR * vector_norm(b)
-    return vector_norm(_solution(solver, A, residual, None).value) > FAR
+    # By a copy: a warm start is for systems like the one that was solved.
+    return vector_norm(_solution(copy.copy(solver), A, residual, None).value) > FAR
 
 
 def _but(info: SolveInfo, systems: Tensor, status: Status) -> SolveInfo:

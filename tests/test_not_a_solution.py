@@ -88,3 +88,15 @@ def test_solvers_with_a_tolerance_are_left_to_it() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", idf.ConvergenceWarning)
         idf.ArgminLayer(squares, inner_solver=solver)(ZERO, c).sum().backward()
+
+
+def test_the_verdict_leaves_a_warm_start_alone() -> None:
+    """In forward mode it takes a solve of its own, by the user's solver."""
+    solver = idf.GMRES(rtol=1e-10, warm_start=True)
+    with idf.record() as history:
+        for _ in range(2):
+            way = lambda c: idf.attach(idf.Root(sheared), 1.001 * C, c, linear_solver=solver)  # noqa: E731
+            torch.func.jvp(way, (C,), (torch.ones_like(C),))
+    iterations = [int(solve.iterations) for solve in history if solve.kind == "tangent"]
+    assert iterations[0] > 0
+    assert iterations[1] == 0

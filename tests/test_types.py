@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mypy")
+pytest.importorskip("mypy", reason="mypy is what is asked")
 
 ROOT = Path(__file__).parents[1]
 MODULE = '''

@@ -21,8 +21,7 @@ class IMAML(Learner):
     φ(θ) minimises G(φ) = loss(model(x; φ), y) + ½ Σ λ (φ − θ)² (Eq. 4); its derivative is (I + ∇²L/λ)⁻¹ (Lemma 1), so
     the meta-gradient takes one linear solve per task and no memory for the inner steps.
 
-    * ``inner_solver``, ``linear_solver``: as in :class:`implicitdiff.ArgminLayer`, but for an ``rtol`` of 1e-5 by
-      default, as 1e-6 is at the edge of what float32 can reach;
+    * ``inner_solver``, ``linear_solver``: as in :class:`implicitdiff.ArgminLayer`;
     * ``regularization``: λ > 0, a number, a tensor, or a dict of them with the names of the model's parameters; or an
       ``nn.Module`` that returns one of these, such as :class:`~imaml.LearnedRegularization`. An ``nn.Parameter`` gets
       a gradient too, but nothing keeps it positive;
@@ -68,8 +67,6 @@ class IMAML(Learner):
             regularization = GivenRegularization(regularization)
         self.regularization: nn.Module = regularization
         self._strengths()  # so that mistakes are found here
-        if linear_solver is None:
-            linear_solver = idf.Auto(rtol=1e-5)
         self.layer = idf.ArgminLayer(self._regularized_loss, inner_solver=inner_solver, linear_solver=linear_solver)
         self._inner_solver = self.layer.inner_solver
         self._linear_solver = with_delta_prime(self.layer.linear_solver, delta_prime)

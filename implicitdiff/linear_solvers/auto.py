@@ -18,6 +18,7 @@ from .iterative import IterativeLinearSolver
 from .lsmr import LSMR
 from .minres import MINRES
 
+RTOL = 1e-6
 DENSE_UP_TO = 64
 """Below this n, one batched sweep for the whole matrix costs less than the steps of an iterative method."""
 
@@ -55,7 +56,7 @@ class Auto(LinearSolver):
         max_iterations: int | None = None,
         on_failure: FailurePolicy = "warn",
     ) -> None:
-        super().__init__(rtol=1e-6 if rtol is None else rtol, atol=atol, on_failure=on_failure)
+        super().__init__(rtol=RTOL if rtol is None else rtol, atol=atol, on_failure=on_failure)
         self._by_dtype = rtol is None
         self.max_iterations = check_max_iterations(max_iterations)
 
@@ -83,8 +84,9 @@ class Auto(LinearSolver):
         return _said(LinearSolution(by_minres.value, info), "Auto: MINRES, as CG met negative curvature")
 
     def _reachable(self, b: Tensor) -> float:
-        """``rtol``; where it was not given, nothing that the dtype has not the digits for."""
-        return max(self.rtol, 100 * torch.finfo(b.dtype).eps) if self._by_dtype else self.rtol
+        """``rtol``; where nobody has given or set it, nothing that the dtype has not the digits for."""
+        is_default = self._by_dtype and self.rtol == RTOL
+        return max(RTOL, 100 * torch.finfo(b.dtype).eps) if is_default else self.rtol
 
     def _by(
         self, method: type[IterativeLinearSolver], A: LinearOperator, b: Tensor, x0: Tensor | None

@@ -278,3 +278,24 @@ def test_a_callables_residual_is_checked() -> None:
         as_linear_solver(half, idf.Auto)(s.operator(), s.b)
     with pytest.raises(idf.ImplicitDiffError, match="must return a tensor of the shape of b"):
         as_linear_solver(lambda A, b: b[:1], idf.Auto)(s.operator(), s.b)
+
+
+def test_the_default_tolerance_of_auto_is_within_reach_of_the_dtype() -> None:
+    """A tolerance that somebody gave or set, as a loop around a layer does, is kept in any dtype."""
+    b = random(0, 100)
+    A = rotated(torch.logspace(0, 2, 100, dtype=torch.float64))
+
+    def iterations(solver: idf.Auto, dtype: torch.dtype) -> int:
+        info = solver(DenseOperator(A.to(dtype), "positive_definite"), b.to(dtype)).info
+        assert bool(info.converged)
+        return int(info.iterations)
+
+    for dtype, reachable in ((torch.float32, 1.2e-5), (torch.float64, 1e-6)):
+        assert iterations(idf.Auto(), dtype) == iterations(idf.Auto(rtol=reachable), dtype)
+        later = idf.Auto()
+        later.rtol = 1e-3
+        assert iterations(later, dtype) == iterations(idf.Auto(rtol=1e-3), dtype) < iterations(idf.Auto(), dtype)
+    absolute = idf.Auto()
+    absolute.rtol, absolute.atol = 0.0, 1e-12
+    with pytest.warns(idf.ConvergenceWarning):
+        absolute(DenseOperator(A.float(), "positive_definite"), b.float())
